@@ -1,0 +1,1 @@
+"""Ground floor: errors, the device, how ranks are launched, what reaches the console."""
