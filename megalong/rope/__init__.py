@@ -1,15 +1,4 @@
-"""Rotary embeddings: which base a window needs, and which frequencies follow from it."""
+"""Rotary embeddings: which base a window needs (`theta`), and which frequencies follow from it (`frequencies`).
 
-from megalong.rope.frequencies import check_scaling, rope_type, rotary_frequencies
-from megalong.rope.theta import RotaryPoint, check_follows, dynamic_ntk, scaling_law, stage_theta
-
-__all__ = [
-    "RotaryPoint",
-    "check_follows",
-    "check_scaling",
-    "dynamic_ntk",
-    "rope_type",
-    "rotary_frequencies",
-    "scaling_law",
-    "stage_theta",
-]
+Nothing is imported here: the laws are plain arithmetic that the planner uses without loading torch.
+"""

@@ -1,0 +1,1 @@
+"""What a run can be told: one dataclass per group of conf/."""
