@@ -1,0 +1,176 @@
+"""How is a running training saved and brought back, exactly? megatron-core's dist_checkpointing in a folder that
+gets its name only when it is whole.
+
+A save goes to `step_00000010.partial`: sharded model and optimizer (any later TP, PP, CP, DP can load them), the
+common state (step, cursor, random generators), `config.yaml`, `megalong.json` and `checksums.json`. When all ranks
+have written, everything is synced, the folder is renamed, and only then does `latest` point to it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megalong.checkpoint import pointer
+from megalong.checkpoint.info import HF_FILES, CheckpointInfo, write_info
+from megalong.runtime.errors import CheckpointError
+from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
+
+# The canonical form of the optimizer state: one tensor per parameter, so that TP and PP may change between runs.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+CHECKSUMS = "checksums.json"
+
+
+def save(
+    root: Path,
+    *,
+    step: int,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    state: dict[str, Any],
+    info: CheckpointInfo,
+    config_yaml: str,
+    carried: Path | None,
+) -> Path:
+    """Write one whole checkpoint below `root`; every rank calls this.
+
+    Args:
+        root: `run_dir/checkpoints`.
+        state: plain values that are the same on every rank (cursor, counters).
+        info: what `megalong.json` says.
+        carried: folder with tokenizer and generation files that travel along to the next Hugging Face export.
+
+    Returns:
+        the folder of the checkpoint.
+    """
+    target = pointer.folder_of(root, step)
+    partial = partial_of(target)
+    first = dist.get_rank() == 0
+    if first:
+        fresh_folder(partial)
+        if target.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(target)
+    dist.barrier()
+    sharded_model = _module(model).sharded_state_dict(metadata=METADATA)
+    everything = {
+        "model": sharded_model,
+        "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=METADATA),
+        "state": {**state, "step": step, "rng": _rng_state()},
+    }
+    dist_checkpointing.save(everything, str(partial), content_metadata=METADATA)
+    _write_checksums(partial)
+    if first:
+        write_text(partial / "config.yaml", config_yaml)
+        write_info(partial, info)
+        if carried is not None and carried.is_dir():
+            shutil.copytree(carried, partial / HF_FILES)
+        commit_folder(partial, target)
+        pointer.point_to(root, target)
+    dist.barrier()
+    return target
+
+
+def load_run(
+    folder: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> dict[str, Any]:
+    """Bring back model, optimizer and random generators; returns the plain state with its `step`.
+
+    Raises:
+        CheckpointError: the files do not hold this model or this optimizer.
+    """
+    sharded_model = _module(model).sharded_state_dict(metadata=METADATA)
+    wanted = {
+        "model": sharded_model,
+        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=METADATA),
+    }
+    loaded = _load(wanted, folder)
+    _module(model).load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    state = loaded["state"]
+    _restore_rng(state.pop("rng"))
+    return state
+
+
+def load_weights(folder: Path, model: list[DistributedDataParallel]) -> None:
+    """Bring back the weights alone, as the start of another stage.
+
+    Raises:
+        CheckpointError: the files do not hold this model.
+    """
+    loaded = _load({"model": _module(model).sharded_state_dict(metadata=METADATA)}, folder)
+    _module(model).load_state_dict(loaded["model"])
+
+
+def verify_checksums(folder: Path) -> None:
+    """Read every file of a checkpoint and compare its SHA-256; ranks share the files among them.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or changed.
+    """
+    path = folder / CHECKSUMS
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged; use an older one.") from error
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for name, recorded in sorted(files.items())[rank::world]:
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing. The checkpoint is damaged; use an older one.")
+        if file.stat().st_size != recorded["bytes"]:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, not {recorded['bytes']}. The checkpoint is damaged; use an "
+                "older one."
+            )
+        if sha256_of(file) != recorded["sha256"]:
+            raise CheckpointError(f"{file} was changed after it was saved. The checkpoint is damaged; use an older one.")
+
+
+def _module(model: list[DistributedDataParallel]) -> torch.nn.Module:
+    assert len(model) == 1, "one model chunk per rank"
+    module: torch.nn.Module = model[0].module
+    return module
+
+
+def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be loaded into this model: {first}") from error
+
+
+def _write_checksums(partial: Path) -> None:
+    """Each rank reads its share of the files; rank 0 writes the list."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    mine = {n: {"bytes": (partial / n).stat().st_size, "sha256": sha256_of(partial / n)} for n in names[rank::world]}
+    for name in mine:
+        sync(partial / name)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, mine)
+    if rank == 0:
+        merged = {name: entry for part in gathered for name, entry in part.items()}
+        write_text(partial / CHECKSUMS, json.dumps(dict(sorted(merged.items())), indent=1) + "\n")
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

@@ -1,0 +1,36 @@
+"""RMSNorm that works on any device and with sequence parallelism.
+
+megatron-core's own torch norm refuses sequence parallelism; with apex or Transformer Engine their fused norms would
+do, but this one needs neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in fp32 (Zhang & Sennrich, arXiv 1910.07467).
+
+    Constructor arguments are those with which megatron-core builds a norm from a layer spec.
+
+    Args:
+        hidden_size: width of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each tensor-parallel rank norms its own slice of the sequence, so megatron sums this gradient over the
+        # tensor-parallel group (distributed/finalize_model_grads.py looks for the attribute).
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> same shape and dtype."""
+        x_fp32 = x.float()
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)

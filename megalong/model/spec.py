@@ -1,0 +1,104 @@
+"""Which modules does one transformer layer consist of? megatron-core's linears and MLP, our norm and core attention.
+
+Hugging Face Llama configurations switch attention biases and MLP biases separately; megatron-core has one switch for
+both. The linears below carry the choice, and the config's own switch stays off.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megalong.attention.core import CoreAttention
+from megalong.config.schema import AttentionConfig, ModelConfig
+from megalong.model.norm import RMSNorm
+from megalong.runtime.errors import ConfigError
+
+
+class BiasedColumnParallelLinear(ColumnParallelLinear):
+    """Column-parallel linear with a bias, whatever the config's `add_bias_linear` says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear with a bias, whatever the config's `add_bias_linear` says."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+
+
+def block_spec(model: ModelConfig, attention: AttentionConfig, config: TransformerConfig) -> Any:
+    """Layer spec for the attention backend.
+
+    Raises:
+        ConfigError: backend transformer_engine where Transformer Engine is not installed.
+    """
+    if attention.backend == "transformer_engine":
+        return _transformer_engine_spec(model, config)
+    return TransformerBlockSubmodules(
+        layer_specs=[_local_layer(model, attention)] * _layers_here(config), layer_norm=RMSNorm
+    )
+
+
+def _layers_here(config: TransformerConfig) -> int:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    return get_num_layers_to_build(config)
+
+
+def _local_layer(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
+    column = BiasedColumnParallelLinear if model.attention_bias else ColumnParallelLinear
+    row = BiasedRowParallelLinear if model.attention_bias else RowParallelLinear
+    fc1 = BiasedColumnParallelLinear if model.mlp_bias else ColumnParallelLinear
+    fc2 = BiasedRowParallelLinear if model.mlp_bias else RowParallelLinear
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=partial(CoreAttention, attention=attention),
+                    linear_proj=row,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
+            mlp_bda=get_bias_dropout_add,
+            # On disk the norms carry the names of the Transformer Engine spec, so either spec loads the other's files.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _transformer_engine_spec(model: ModelConfig, config: TransformerConfig) -> Any:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "attention.backend=transformer_engine, but Transformer Engine is not installed. Install the extra with "
+            "`pip install megalong[gpu]` on a CUDA machine, or use attention.backend=megalong."
+        ) from error
+    if model.attention_bias != model.mlp_bias:
+        raise ConfigError("attention.backend=transformer_engine cannot bias attention and MLP separately.")
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")

@@ -1,0 +1,56 @@
+"""How does a file or folder come to exist only when it is whole? Written aside, synced, renamed, synced again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is written until it is whole."""
+    return target.with_name(target.name + PARTIAL)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's contents, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace a small file in one step: readers, and a crash, see the old text or the new one."""
+    aside = partial_of(target)
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, target)
+    sync(target.parent)
+
+
+def fresh_folder(path: Path) -> None:
+    """An empty folder at `path`; what was left there by an interrupted writer goes."""
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def commit_folder(partial: Path, target: Path) -> None:
+    """Give a completely written folder its final name: every file and folder in it is synced first."""
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    os.rename(partial, target)
+    sync(target.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,164 @@
+"""What happens in one optimizer step? Forward and backward over the micro-batches, one exact mean, AdamW.
+
+The loss is a sum over valid tokens; gradients are divided once by the global number of valid tokens
+(`calculate_per_token_loss`), so neither accumulation, nor context parallelism, nor uneven masks change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megalong.config.schema import Config
+from megalong.data.loader import MicroBatch
+from megalong.runtime import device
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy over the valid tokens of the global batch, nats."""
+    valid_tokens: int
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    updated: bool
+    """False when megatron skipped the update (a non-finite gradient)."""
+
+
+def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over megatron's distributed optimizer (fp32 master weights and moments, sharded over DP x CP)."""
+    settings = config.optimizer
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.train.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.precision == "bf16",
+            params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        model,
+        use_gloo_process_groups=dist.get_backend() != "gloo",
+    )
+
+
+def forward_backward(
+    config: Config, model: list[DistributedDataParallel], batches: Iterator[MicroBatch], micro_batches: int
+) -> tuple[float, int]:
+    """Loss and gradients of one global batch; gradients end up in `main_grad`, reduced and divided.
+
+    Returns:
+        mean loss over valid tokens, and their number, both global.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    sums = _run(config, model, batches, micro_batches, forward_only=False, loss=_loss_and_sum)
+    total, count = _sum_over_world(sums).tolist()
+    return total / max(count, 1.0), int(count)
+
+
+def train_step(
+    config: Config,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: Iterator[MicroBatch],
+    lr: float,
+) -> StepResult:
+    """One optimizer step at learning rate `lr`."""
+    assert config.train.global_batch_size is not None
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    micro_batches = config.train.global_batch_size // (config.topology.dp or 1)
+    loss, tokens = forward_backward(config, model, batches, micro_batches)
+    updated, grad_norm, _ = optimizer.step()
+    return StepResult(loss, tokens, float(grad_norm or 0.0), bool(updated))
+
+
+def losses_of(
+    config: Config, model: list[DistributedDataParallel], batches: Iterator[MicroBatch], micro_batches: int, reduce: Any
+) -> Tensor:
+    """Forward only; `reduce(losses [B, S], loss_mask [B, S]) -> tensor` is summed over micro-batches and all ranks."""
+    training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        loss = partial(_reduced, reduce=reduce)
+        sums = _run(config, model, batches, micro_batches, forward_only=True, loss=loss)
+    for chunk, was in zip(model, training, strict=True):
+        chunk.train(was)
+    return _sum_over_world(sums)
+
+
+def _run(
+    config: Config,
+    model: list[DistributedDataParallel],
+    batches: Iterator[MicroBatch],
+    micro_batches: int,
+    *,
+    forward_only: bool,
+    loss: Any,
+) -> list[dict[str, Tensor]]:
+    target = device.device()
+
+    def forward_step(source: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(source)
+        mask = batch["loss_mask"].to(target)
+        losses = chunk(
+            input_ids=batch["tokens"].to(target),
+            position_ids=None,
+            attention_mask=batch["document_starts"],
+            labels=batch["labels"].to(target),
+        )
+        return losses, partial(loss, mask=mask)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=model,
+        num_microbatches=micro_batches,
+        seq_length=config.stage.seq_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _loss_and_sum(losses_BS: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """megatron's triple: sum of losses (what backward starts from), local valid tokens, what to report."""
+    total = (losses_BS.float() * mask).sum()
+    count = mask.sum()
+    return total, count.to(torch.int), {"sums": torch.stack((total.detach(), count)).double()}
+
+
+def _reduced(losses_BS: Tensor, mask: Tensor, reduce: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    total, count, _ = _loss_and_sum(losses_BS, mask)
+    return total, count, {"sums": reduce(losses_BS.float(), mask).double()}
+
+
+def _sum_over_world(reports: list[dict[str, Tensor]]) -> Tensor:
+    """Sum the reports of all micro-batches over all ranks; only the last pipeline stage has any, and tensor-parallel
+    ranks hold copies, of which the first counts. The result is on every rank."""
+    counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    local = torch.stack([r["sums"] for r in reports]).sum(0) if reports and counts else None
+    shape: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shape, None if local is None else tuple(local.shape))
+    size = next(s for s in shape if s is not None)
+    total = torch.zeros(size, dtype=torch.float64, device=device.device()) if local is None else local
+    dist.all_reduce(total)
+    return total
