@@ -81,9 +81,7 @@ def save(
     return target
 
 
-def load_run(
-    folder: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer
-) -> dict[str, Any]:
+def load_run(folder: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Bring back model, optimizer and random generators; returns the plain state with its `step`.
 
     Raises:
@@ -122,7 +120,9 @@ def verify_checksums(folder: Path) -> None:
     try:
         files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged; use an older one.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}). The checkpoint is damaged; use an older one."
+        ) from error
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for name, recorded in sorted(files.items())[rank::world]:
         file = folder / name
@@ -134,7 +134,9 @@ def verify_checksums(folder: Path) -> None:
                 "older one."
             )
         if sha256_of(file) != recorded["sha256"]:
-            raise CheckpointError(f"{file} was changed after it was saved. The checkpoint is damaged; use an older one.")
+            raise CheckpointError(
+                f"{file} was changed after it was saved. The checkpoint is damaged; use an older one."
+            )
 
 
 def _module(model: list[DistributedDataParallel]) -> torch.nn.Module:

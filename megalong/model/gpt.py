@@ -126,7 +126,9 @@ class LlamaModel(GPTModel):
         self.real_vocab_size = model.vocab_size
         self.loss_chunk = run.train.loss_chunk
 
-    def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, *args, **kwargs)
         return self.token_losses(hidden_states, labels)
@@ -179,7 +181,9 @@ class LlamaModel(GPTModel):
         real_here = min(width, max(0, self.real_vocab_size - tp_rank * width))
         if real_here == width:
             return logits_SBV
-        fill = logits_SBV.new_full((1,), torch.finfo(logits_SBV.dtype).min).expand(*logits_SBV.shape[:2], width - real_here)
+        fill = logits_SBV.new_full((1,), torch.finfo(logits_SBV.dtype).min).expand(
+            *logits_SBV.shape[:2], width - real_here
+        )
         return torch.cat((logits_SBV[..., :real_here], fill), dim=-1)
 
 

@@ -6,7 +6,7 @@ The loss is a sum over valid tokens; gradients are divided once by the global nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,7 +69,7 @@ def forward_backward(
     for chunk in model:
         chunk.zero_grad_buffer()
     sums = _run(config, model, batches, micro_batches, forward_only=False, loss=_loss_and_sum)
-    total, count = _sum_over_world(sums).tolist()
+    total, count = _sum_over_world(sums, (2,)).tolist()
     return total / max(count, 1.0), int(count)
 
 
@@ -92,9 +92,18 @@ def train_step(
 
 
 def losses_of(
-    config: Config, model: list[DistributedDataParallel], batches: Iterator[MicroBatch], micro_batches: int, reduce: Any
+    config: Config,
+    model: list[DistributedDataParallel],
+    batches: Iterator[MicroBatch],
+    micro_batches: int,
+    reduce: Callable[[Tensor, Tensor], Tensor],
+    size: tuple[int, ...],
 ) -> Tensor:
-    """Forward only; `reduce(losses [B, S], loss_mask [B, S]) -> tensor` is summed over micro-batches and all ranks."""
+    """Forward only; `reduce(losses [B, S], loss_mask [B, S])` of shape `size` is summed over micro-batches and ranks.
+
+    Returns:
+        the sum in fp64, on every rank.
+    """
     training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
@@ -103,7 +112,7 @@ def losses_of(
         sums = _run(config, model, batches, micro_batches, forward_only=True, loss=loss)
     for chunk, was in zip(model, training, strict=True):
         chunk.train(was)
-    return _sum_over_world(sums)
+    return _sum_over_world(sums, size)
 
 
 def _run(
@@ -151,14 +160,12 @@ def _reduced(losses_BS: Tensor, mask: Tensor, reduce: Any) -> tuple[Tensor, Tens
     return total, count, {"sums": reduce(losses_BS.float(), mask).double()}
 
 
-def _sum_over_world(reports: list[dict[str, Tensor]]) -> Tensor:
+def _sum_over_world(reports: list[dict[str, Tensor]], size: tuple[int, ...]) -> Tensor:
     """Sum the reports of all micro-batches over all ranks; only the last pipeline stage has any, and tensor-parallel
-    ranks hold copies, of which the first counts. The result is on every rank."""
-    counts = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-    local = torch.stack([r["sums"] for r in reports]).sum(0) if reports and counts else None
-    shape: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shape, None if local is None else tuple(local.shape))
-    size = next(s for s in shape if s is not None)
-    total = torch.zeros(size, dtype=torch.float64, device=device.device()) if local is None else local
+    ranks hold copies, of which the first counts. The result, of shape `size`, is on every rank."""
+    total = torch.zeros(size, dtype=torch.float64, device=device.device())
+    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        for report in reports:
+            total += report["sums"]
     dist.all_reduce(total)
     return total

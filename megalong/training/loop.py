@@ -1,0 +1,167 @@
+"""How is one stage run from its start to its last checkpoint?
+
+Order: build, load or resume, canary, evaluate, train, save, evaluate. Everything the run writes lies in run_dir.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megalong.checkpoint import pointer, store
+from megalong.checkpoint.hf import load_hf_into
+from megalong.checkpoint.info import HF_FILES, CheckpointInfo
+from megalong.config.schema import Config
+from megalong.data.cursor import Cursor
+from megalong.data.dataset import SequenceDataset
+from megalong.data.loader import training_batches
+from megalong.model.gpt import build
+from megalong.model.llama import model_to_hf
+from megalong.recipe.compose import to_yaml
+from megalong.runtime.console import say
+from megalong.runtime.files import write_text
+from megalong.runtime.launch import together
+from megalong.training.evaluate import evaluate
+from megalong.training.metrics import Metrics
+from megalong.training.schedule import learning_rate
+from megalong.training.start import Start
+from megalong.training.step import build_optimizer, train_step
+
+EVALUATION = "evaluation.json"
+
+
+class StageRun:
+    """One stage on one layout; needs megatron's parallel state.
+
+    Args:
+        config: resolved configuration.
+        start: where the weights come from.
+        train: training sequences.
+        held_out: sequences for the loss by position, or None.
+    """
+
+    def __init__(self, config: Config, start: Start, train: SequenceDataset, held_out: SequenceDataset | None) -> None:
+        assert config.run_dir is not None
+        self.config, self.held_out, self.train_data = config, held_out, train
+        self.run_dir = Path(config.run_dir)
+        self.root = self.run_dir / "checkpoints"
+        self.first = dist.get_rank() == 0
+        self.model = build(config)
+        self.step = 0
+        self.cursor = Cursor.at_start(train)
+        self.evaluation: dict[str, Any] = {"seq_length": config.stage.seq_length}
+        self._load(start)
+
+    def _load(self, start: Start) -> None:
+        if start.kind == "hf":
+            assert start.path is not None
+            path = start.path
+            together(lambda: load_hf_into(self.model, path, self.config.model))
+        elif start.kind == "megatron":
+            assert start.path is not None
+            folder = start.path
+            together(lambda: store.verify_checksums(folder))
+            store.load_weights(folder, self.model)
+        self.carried = start.path / HF_FILES if start.kind in ("megatron", "resume") and start.path else start.path
+        # the optimizer copies the weights into its fp32 master weights: it is built once they are in place
+        self.optimizer = build_optimizer(self.config, self.model)
+        if start.kind == "resume":
+            assert start.path is not None
+            folder = start.path
+            together(lambda: store.verify_checksums(folder))
+            state = store.load_run(folder, self.model, self.optimizer)
+            self.step = state["step"]
+            self.cursor = Cursor.from_state_dict(state["cursor"])
+            self.evaluation = state["evaluation"]
+
+    def run(self) -> None:
+        """Train to the last step, saving on the way."""
+        config = self.config
+        total = config.train.stop_after or config.train.steps or 0
+        if self.first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.run_dir / "config.yaml", to_yaml(config))
+        metrics = Metrics(self.run_dir, config, self.step, self.first)
+        self._evaluate("before", metrics)
+        batches = training_batches(
+            self.train_data,
+            cursor=self.cursor,
+            seed=config.seed,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=config.topology.dp or 1,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=config.topology.cp or 1,
+            document_mask=config.attention.document_mask,
+            loader=config.data.loader,
+        )
+        batch = config.train.global_batch_size or 1
+        while self.step < total:
+            begun = time.monotonic()
+            lr = learning_rate(self.step, config.train.lr or 0.0, config.optimizer.warmup_steps)
+            result = train_step(config, self.model, self.optimizer, batches, lr)
+            self.step += 1
+            self.cursor = self.cursor.advance(batch)
+            record = {
+                "step": self.step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens": self.cursor.consumed_samples * config.stage.seq_length,
+                "valid_tokens": result.valid_tokens,
+            }
+            metrics.step(record, time.monotonic() - begun)
+            every = config.checkpoint.save_steps
+            if every and self.step % every == 0 and self.step < total:
+                self.save(metrics)
+        if self.step >= (config.train.steps or 0):
+            self._evaluate("after", metrics)
+        self.save(metrics)
+        metrics.close()
+
+    def save(self, metrics: Metrics) -> None:
+        """Write a checkpoint of this step, unless it is there already, and remove the oldest ones."""
+        if pointer.is_whole(pointer.folder_of(self.root, self.step)):
+            return
+        begun = time.monotonic()
+        folder = store.save(
+            self.root,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            state={"cursor": self.cursor.state_dict(), "evaluation": self.evaluation},
+            info=self._info(),
+            config_yaml=to_yaml(self.config),
+            carried=self.carried,
+        )
+        if self.first:
+            pointer.prune(self.root, max(1, self.config.checkpoint.keep))
+        seconds = time.monotonic() - begun
+        metrics.scalars("checkpoint", {"seconds": seconds}, self.step)
+        say(f"saved {folder} in {seconds:.1f} s")
+
+    def _info(self) -> CheckpointInfo:
+        stage = self.config.stage
+        assert stage.theta is not None
+        return CheckpointInfo(
+            hf_config=model_to_hf(self.config.model, theta=stage.theta, window=stage.seq_length),
+            stage=stage.name,
+            seq_length=stage.seq_length,
+            theta=stage.theta,
+            step=self.step,
+            consumed_samples=self.cursor.consumed_samples,
+        )
+
+    def _evaluate(self, when: str, metrics: Metrics) -> None:
+        if self.held_out is None or when in self.evaluation:
+            return
+        found = evaluate(self.config, self.model, self.held_out)
+        self.evaluation[when] = found
+        metrics.scalars(f"evaluation_{when}", {"last_quarter_loss": found["last_quarter"]}, self.step)
+        say(f"loss by position {when} the stage: last quarter of the window {found['last_quarter']:.4f}")
+        if self.first:
+            write_text(self.run_dir / EVALUATION, json.dumps(self.evaluation, indent=1) + "\n")

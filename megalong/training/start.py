@@ -1,0 +1,183 @@
+"""Where do the weights and the data of a run come from? Decided and checked before any process group exists.
+
+A run resumes from its own newest checkpoint when there is one; otherwise it starts from `init_from`; at mini scale
+random weights and a small corpus of real text stand in for what is missing, and the run says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megalong.checkpoint import pointer
+from megalong.checkpoint.info import read_info
+from megalong.config.schema import Config, ModelConfig
+from megalong.data.builtin import builtin_corpus
+from megalong.data.dataset import SequenceDataset, open_dataset
+from megalong.model.llama import model_from_hf
+from megalong.recipe.compose import from_yaml
+from megalong.recipe.stages import predecessor_point
+from megalong.rope.theta import RotaryPoint, check_follows
+from megalong.runtime.errors import CheckpointError, ConfigError, DataError
+from megalong.runtime.files import PARTIAL
+
+CACHE = Path.home() / ".cache" / "megalong"
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rope_scaling",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    kind: str
+    """resume, megatron, hf or random."""
+    path: Path | None
+    text: str
+    """How the run tells it."""
+
+
+def plan_start(config: Config) -> Start:
+    """Decide where weights come from and check that they may.
+
+    Raises:
+        ConfigError: a real stage without `init_from`, or a run_dir that belongs to something else.
+        CheckpointError: what `init_from` names is missing, half-written or of another model.
+        ThetaError: its theta or window is not the predecessor's.
+    """
+    assert config.run_dir is not None
+    root = Path(config.run_dir) / "checkpoints"
+    found = pointer.newest(root)
+    if found is not None and config.checkpoint.resume:
+        _check_same_run(config, found)
+        return Start("resume", found, f"resuming from {found}")
+    if found is not None:
+        raise ConfigError(
+            f"checkpoint.resume=false, but {root} already holds {found.name}. Choose another run_dir, or resume."
+        )
+    if (root / pointer.POINTER).exists() or any(p for p in root.glob("step_*") if not p.name.endswith(PARTIAL)):
+        raise CheckpointError(
+            f"{root} has checkpoints, but none that is whole: the run cannot be resumed and will not be overwritten. "
+            "Restore one, or choose another run_dir."
+        )
+    if config.init_from is None:
+        return _without_init(config)
+    path = Path(config.init_from)
+    if not path.is_dir():
+        raise CheckpointError(f"init_from={path}: there is no such folder. {_wants(config)}")
+    if (path / "config.json").is_file() and not (path / pointer.COMMIT_MARK).is_file():
+        model, where = model_from_hf(path), f"init_from={path}"
+        kind = "hf"
+    else:
+        path = pointer.resolve(path)
+        model, where = model_from_hf(read_info(path).hf_config), f"init_from={path}"
+        kind = "megatron"
+    _check_model(config, model, where)
+    _check_follows(config, model, where)
+    return Start(kind, path, f"weights from {path}")
+
+
+def _without_init(config: Config) -> Start:
+    if config.scale.name == "full":
+        raise ConfigError(f"init_from is missing. {_wants(config)}")
+    return Start(
+        "random", None, f"no init_from: random weights (seed {config.seed}), as scale={config.scale.name} allows"
+    )
+
+
+def _wants(config: Config) -> str:
+    stage, point = config.stage, predecessor_point(config.stage, config.model, config.scale)
+    what = f"window {point.window:,}, theta {point.theta:,.0f}"
+    if stage.predecessor is None:
+        return (
+            f"Stage {stage.name} starts from the Hugging Face base ({what}): give init_from=<its folder>, with "
+            "config.json and *.safetensors."
+        )
+    return (
+        f"Stage {stage.name} starts from stage {stage.predecessor} ({what}): give init_from=<run_dir of "
+        f"{stage.predecessor}>, one of its checkpoints, or its Hugging Face export."
+    )
+
+
+def _check_model(config: Config, found: ModelConfig, where: str) -> None:
+    differences = [
+        f"{name} {getattr(found, name)} (configured {getattr(config.model, name)})"
+        for name in SHAPE
+        if getattr(found, name) != getattr(config.model, name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{where} is another model than model={config.model.name}: {', '.join(differences)}. "
+            "Choose another model=..., or override these fields (model.<field>=...)."
+        )
+
+
+def _check_follows(config: Config, found: ModelConfig, where: str) -> None:
+    expected = predecessor_point(config.stage, config.model, config.scale)
+    check_follows(RotaryPoint(found.rope_theta, found.max_position_embeddings), expected, where)
+
+
+def _check_same_run(config: Config, folder: Path) -> None:
+    """A resume may change the layout or the machines, not what is being trained."""
+    before = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+    meaning = {
+        "stage.name": (before.stage.name, config.stage.name),
+        "stage.seq_length": (before.stage.seq_length, config.stage.seq_length),
+        "stage.theta": (before.stage.theta, config.stage.theta),
+        "train.steps": (before.train.steps, config.train.steps),
+        "train.lr": (before.train.lr, config.train.lr),
+        "train.global_batch_size": (before.train.global_batch_size, config.train.global_batch_size),
+        "attention.document_mask": (before.attention.document_mask, config.attention.document_mask),
+        "precision": (before.precision, config.precision),
+        "seed": (before.seed, config.seed),
+    }
+    for field in fields(ModelConfig):
+        meaning[f"model.{field.name}"] = (getattr(before.model, field.name), getattr(config.model, field.name))
+    for name, value in asdict(config.optimizer).items():
+        meaning[f"optimizer.{name}"] = (getattr(before.optimizer, name), value)
+    changed = [f"{key} {old} -> {new}" for key, (old, new) in meaning.items() if old != new]
+    if changed:
+        raise ConfigError(
+            f"{folder} belongs to a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, "
+            "or another run_dir to start anew."
+        )
+
+
+def plan_data(config: Config, announce: list[str]) -> tuple[SequenceDataset, SequenceDataset | None]:
+    """Open the training and the held-out sequences.
+
+    Args:
+        announce: receives what the user should know.
+
+    Raises:
+        ConfigError: a real stage without `data.path`.
+        DataError: the folder is missing, damaged, or cut for another window.
+    """
+    if config.data.path is None:
+        if config.scale.name == "full":
+            raise ConfigError(
+                f"data.path is missing. Stage {config.stage.name} needs sequences of {config.stage.seq_length:,} "
+                "tokens: make them with `python tools/prepare_data.py`, then give data.path=<its folder>."
+            )
+        config.data.path = str(builtin_corpus(CACHE, config.stage.seq_length, config.model.vocab_size))
+        announce.append(f"no data.path: Python sources of this machine, in {config.data.path}")
+    window = {"seq_length": config.stage.seq_length, "vocab_size": config.model.vocab_size}
+    train = open_dataset(config.data.path, "train", min_sequences=config.train.global_batch_size or 1, **window)
+    if config.data.eval_sequences == 0:
+        return train, None
+    return train, open_dataset(config.data.path, "eval", min_sequences=config.data.eval_sequences, **window)
+
+
+__all__ = ["CACHE", "DataError", "Start", "plan_data", "plan_start"]
