@@ -1,0 +1,99 @@
+"""How many bytes do the attention collectives move, and how long does compute wait for them?
+
+Off by default and then free: every collective looks at one module variable. Inside `recording()` (or between
+`start()` and `stop()`) each collective adds its payload bytes by kind and each wait adds its exposed time.
+Waiting is wall time on the CPU; on CUDA it is the time the compute stream stood still, from a pair of events that
+are read only when the meter is asked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Meter:
+    """Counts of one recording, by kind of collective: `ring_kv`, `ring_dkv`, `a2a`, `all_gather`, `reduce_scatter`."""
+
+    sent: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Payload bytes this rank handed to other ranks."""
+    received: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Payload bytes this rank got from other ranks."""
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Collectives started."""
+    _host_seconds: float = 0.0
+    _events: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Time that compute stood still for attention collectives (waits for the device where that is CUDA)."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._host_seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events.clear()
+        return self._host_seconds
+
+    def summary(self) -> dict[str, float]:
+        """Totals for a metrics line: bytes sent and received, collectives, exposed seconds."""
+        return {
+            "attention_bytes_sent": sum(self.sent.values()),
+            "attention_bytes_received": sum(self.received.values()),
+            "attention_collectives": sum(self.calls.values()),
+            "attention_exposed_seconds": self.exposed_seconds,
+        }
+
+
+_meter: Meter | None = None
+
+
+def start() -> Meter:
+    """Begin counting into a fresh meter."""
+    global _meter
+    _meter = Meter()
+    return _meter
+
+
+def stop() -> None:
+    """End counting."""
+    global _meter
+    _meter = None
+
+
+@contextmanager
+def recording() -> Iterator[Meter]:
+    """Count inside the `with` block."""
+    try:
+        yield start()
+    finally:
+        stop()
+
+
+def count(kind: str, sent: int, received: int) -> None:
+    """Note one collective (bytes)."""
+    if _meter is not None:
+        _meter.sent[kind] += sent
+        _meter.received[kind] += received
+        _meter.calls[kind] += 1
+
+
+def timed(wait: Callable[[], object]) -> None:
+    """Call `wait`, noting how long compute stands still in it."""
+    if _meter is None:
+        wait()
+    elif torch.cuda.is_available():
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        wait()
+        after.record()
+        _meter._events.append((before, after))
+    else:
+        began = time.perf_counter()
+        wait()
+        _meter._host_seconds += time.perf_counter() - began
