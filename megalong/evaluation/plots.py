@@ -1,0 +1,57 @@
+"""How does a person see what the stages did? Loss by position before and after each stage, as a PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megalong.evaluation.position import LossByPosition
+from megalong.evaluation.results import StageEvaluation
+
+# Okabe-Ito: told apart with any colour vision
+BEFORE, AFTER = "#D55E00", "#0072B2"
+
+
+def plot_loss_by_position(stages: Mapping[str, StageEvaluation], path: Path, title: str) -> None:
+    """One panel per stage, loss on held-out text against position in the window, before and after the stage.
+
+    Args:
+        stages: evaluations by panel title, in order; all panels share the loss axis.
+        path: PNG to write.
+    """
+    assert stages
+    # Figure and its canvas directly: pyplot would keep global state and look for a display
+    figure = Figure(figsize=(4.2 * len(stages) + 0.6, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    for panel, (name, stage) in zip(panels, stages.items(), strict=True):
+        _draw(panel, stage.before, BEFORE, "before", "--")
+        if stage.after is not None:
+            _draw(panel, stage.after, AFTER, "after", "-")
+        panel.axvspan(0.75 * stage.seq_length, stage.seq_length, color="0.93", zorder=0)
+        panel.set_title(name)
+        panel.set_xlim(0, stage.seq_length)
+        panel.set_xlabel("position in the window (tokens)")
+        panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(_quarters(stage.seq_length))
+        panel.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
+    panels[0].set_ylabel("loss on held-out text (nats per token)")
+    panels[0].legend(title="shaded: last quarter", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(panel: Any, curve: LossByPosition, color: str, label: str, style: str) -> None:
+    heights = [math.nan if loss is None else loss for loss in curve.loss]
+    panel.stairs(heights, curve.edges, baseline=None, color=color, linestyle=style, linewidth=1.8, label=label)
+
+
+def _quarters(seq_length: int) -> Any:
+    from matplotlib.ticker import FixedLocator
+
+    return FixedLocator([seq_length * i / 4 for i in range(5)])

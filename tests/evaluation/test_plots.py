@@ -1,0 +1,48 @@
+"""An evaluation survives the disk, and its plot is a picture that shows both curves."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megalong.evaluation.plots import AFTER, BEFORE, plot_loss_by_position
+from megalong.evaluation.position import LossByPosition
+from megalong.evaluation.results import StageEvaluation, read_evaluation
+from megalong.runtime.errors import DataError
+
+
+def evaluation(seq_length: int) -> StageEvaluation:
+    edges = [seq_length * i // 16 for i in range(17)]
+    before = LossByPosition(edges, [3.0 + 0.2 * i for i in range(16)], 5.7)
+    after = LossByPosition(edges, [3.0 - 0.02 * i for i in range(15)] + [None], 2.7)
+    return StageEvaluation(seq_length, before, after)
+
+
+def test_an_evaluation_reads_back_as_written(tmp_path):
+    for stage in (evaluation(256), StageEvaluation(256, evaluation(256).before, None)):
+        stage.write(tmp_path)
+        assert read_evaluation(tmp_path) == stage
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"seq_length", "before", "after"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "was not evaluated"), ("{", "cannot be read"), ("{}", "KeyError")]
+)
+def test_a_missing_or_foreign_evaluation_is_named(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_evaluation(tmp_path)
+
+
+def test_the_plot_has_a_panel_per_stage_with_both_curves(tmp_path):
+    stages = {f"stage {n}": evaluation(n) for n in (256, 1024, 4096)}
+    plot_loss_by_position(stages, tmp_path / "loss.png", "loss by position")
+    image = imread(tmp_path / "loss.png")
+    height, width = image.shape[:2]
+    assert width > 2 * height
+    for color in (BEFORE, AFTER):
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        columns = np.where((np.abs(image[..., :3] - rgb) < 0.02).all(-1).any(0))[0] * 3 // width
+        assert set(columns) == {0, 1, 2}
