@@ -30,7 +30,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     """Rotary base of the base checkpoint."""
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Any = None
     """Hugging Face rope parameters other than theta: {rope_type, ...}. None: plain rotary embedding."""
     max_position_embeddings: int = 8192
     """Window of the base checkpoint, tokens."""

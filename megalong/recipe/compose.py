@@ -7,6 +7,7 @@ number of ranks and runs the checks across groups. No process group and no model
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,9 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     cause = str(error.__cause__).strip().splitlines()[0] if error.__cause__ else ""
     first = lines[0] + (f" {cause}" if cause and cause not in lines[0] else "")
+    if missing := re.search(r"Could not find '(\w+)/([^']*)'", first):
+        there = stage_names() if missing[1] == "stage" else _choices(missing[1])
+        return f"There is no {missing[1]}/{missing[2]} in conf/: choose one of {', '.join(there)}."
     hint = ""
     keys = _all_keys()
     for word in [o.lstrip("+~").split("=")[0] for o in overrides] + [getattr(error, "full_key", None) or ""]:
@@ -101,6 +105,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
             hint = f"\nThere is no setting {word!r}." + (f" Did you mean {', '.join(close)}?" if close else "")
             break
     return first + hint
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
 
 
 def _all_keys() -> list[str]:

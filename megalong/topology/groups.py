@@ -21,7 +21,7 @@ def initialize(layout: Layout, hierarchical_sizes: list[int] | None = None) -> N
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
         hierarchical_context_parallel_sizes=hierarchical_sizes,
-        create_gloo_process_groups=dist.get_backend() != "gloo",  # the groups themselves are gloo already
+        create_gloo_process_groups=dist.get_backend() == "nccl",  # on CPU the groups themselves are gloo
     )
     check(layout, dist.get_rank())
 

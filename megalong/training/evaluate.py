@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
@@ -12,28 +10,21 @@ from megalong.attention.zigzag import local_positions
 from megalong.config.schema import Config
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import evaluation_batches
-from megalong.evaluation.position import bucket_edges, bucket_sums, mean_by_bucket
+from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums
 from megalong.runtime import device
 from megalong.training.step import losses_of
 
-BUCKETS = 16
 
-
-def evaluate(config: Config, model: list[DistributedDataParallel], data: SequenceDataset) -> dict[str, Any]:
-    """Mean loss per position bucket; every rank calls this and gets the same.
-
-    Returns:
-        edges (tokens, BUCKETS + 1 numbers), loss (nats, BUCKETS numbers), last_quarter (nats).
-    """
-    length = config.stage.seq_length
-    edges = bucket_edges(length, min(BUCKETS, length))
-    cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+def evaluate(config: Config, model: list[DistributedDataParallel], data: SequenceDataset) -> LossByPosition:
+    """Mean loss per position bucket; every rank calls this and gets the same."""
+    length, cp, dp = config.stage.seq_length, config.topology.cp or 1, config.topology.dp or 1
+    cp_rank = parallel_state.get_context_parallel_rank()
+    edges = bucket_edges(length)
     positions = local_positions(length, cp, cp_rank).to(device.device())
 
     def reduce(losses_BS: Tensor, mask_BS: Tensor) -> Tensor:
         return bucket_sums(losses_BS, mask_BS, positions, edges)
 
-    dp = config.topology.dp or 1
     batches = evaluation_batches(
         data,
         sequences=config.data.eval_sequences,
@@ -44,5 +35,5 @@ def evaluate(config: Config, model: list[DistributedDataParallel], data: Sequenc
         document_mask=config.attention.document_mask,
     )
     rounds = -(-config.data.eval_sequences // dp)
-    sums = losses_of(config, model, batches, rounds, reduce, (len(edges) - 1, 2))
-    return mean_by_bucket(sums, edges)
+    sums = losses_of(config, model, batches, rounds, reduce, (2, len(edges) - 1))
+    return LossByPosition.from_sums(sums.cpu(), edges)

@@ -5,10 +5,9 @@ Order: build, load or resume, canary, evaluate, train, save, evaluate. Everythin
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -20,6 +19,7 @@ from megalong.config.schema import Config
 from megalong.data.cursor import Cursor
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import training_batches
+from megalong.evaluation.results import StageEvaluation, evaluation_from
 from megalong.model.gpt import build
 from megalong.model.llama import model_to_hf
 from megalong.recipe.compose import to_yaml
@@ -31,8 +31,6 @@ from megalong.training.metrics import Metrics
 from megalong.training.schedule import learning_rate
 from megalong.training.start import Start
 from megalong.training.step import build_optimizer, train_step
-
-EVALUATION = "evaluation.json"
 
 
 class StageRun:
@@ -54,7 +52,7 @@ class StageRun:
         self.model = build(config)
         self.step = 0
         self.cursor = Cursor.at_start(train)
-        self.evaluation: dict[str, Any] = {"seq_length": config.stage.seq_length}
+        self.evaluation: StageEvaluation | None = None
         self._load(start)
 
     def _load(self, start: Start) -> None:
@@ -77,12 +75,15 @@ class StageRun:
             state = store.load_run(folder, self.model, self.optimizer)
             self.step = state["step"]
             self.cursor = Cursor.from_state_dict(state["cursor"])
-            self.evaluation = state["evaluation"]
+            self.evaluation = evaluation_from(state["evaluation"]) if state["evaluation"] else None
 
     def run(self) -> None:
         """Train to the last step, saving on the way."""
         config = self.config
         total = config.train.stop_after or config.train.steps or 0
+        if self.step >= total:
+            say(f"nothing left to do: step {self.step} of {total} is saved in {self.root}")
+            return
         if self.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.yaml", to_yaml(config))
@@ -133,7 +134,10 @@ class StageRun:
             step=self.step,
             model=self.model,
             optimizer=self.optimizer,
-            state={"cursor": self.cursor.state_dict(), "evaluation": self.evaluation},
+            state={
+                "cursor": self.cursor.state_dict(),
+                "evaluation": asdict(self.evaluation) if self.evaluation else None,
+            },
             info=self._info(),
             config_yaml=to_yaml(self.config),
             carried=self.carried,
@@ -157,11 +161,15 @@ class StageRun:
         )
 
     def _evaluate(self, when: str, metrics: Metrics) -> None:
-        if self.held_out is None or when in self.evaluation:
+        done = self.evaluation is not None and (when == "before" or self.evaluation.after is not None)
+        if self.held_out is None or done:
             return
         found = evaluate(self.config, self.model, self.held_out)
-        self.evaluation[when] = found
-        metrics.scalars(f"evaluation_{when}", {"last_quarter_loss": found["last_quarter"]}, self.step)
-        say(f"loss by position {when} the stage: last quarter of the window {found['last_quarter']:.4f}")
+        if self.evaluation is None:
+            self.evaluation = StageEvaluation(self.config.stage.seq_length, before=found, after=None)
+        else:
+            self.evaluation = replace(self.evaluation, after=found)
+        metrics.scalars(f"evaluation_{when}", {"last_quarter_loss": found.last_quarter or 0.0}, self.step)
+        say(f"{when} the stage: loss on the last quarter of the window {found.last_quarter:.4f}")
         if self.first:
-            write_text(self.run_dir / EVALUATION, json.dumps(self.evaluation, indent=1) + "\n")
+            self.evaluation.write(self.run_dir)

@@ -54,7 +54,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
             use_distributed_optimizer=True,
         ),
         model,
-        use_gloo_process_groups=dist.get_backend() != "gloo",
+        use_gloo_process_groups=dist.get_backend() == "nccl",
     )
 
 
