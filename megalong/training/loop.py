@@ -21,7 +21,7 @@ from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import training_batches
 from megalong.evaluation.results import StageEvaluation, evaluation_from
 from megalong.model.gpt import build
-from megalong.model.llama import model_to_hf
+from megalong.model.llama import to_hf, with_rope
 from megalong.recipe.compose import to_yaml
 from megalong.runtime.console import say
 from megalong.runtime.files import write_text
@@ -53,6 +53,7 @@ class StageRun:
         self.step = 0
         self.cursor = Cursor.at_start(train)
         self.evaluation: StageEvaluation | None = None
+        self.carried_config = start.hf_config
         self._load(start)
 
     def _load(self, start: Start) -> None:
@@ -151,8 +152,10 @@ class StageRun:
     def _info(self) -> CheckpointInfo:
         stage = self.config.stage
         assert stage.theta is not None
+        dtype = "bfloat16" if self.config.precision == "bf16" else "float32"
+        model = to_hf(self.config.model, dtype, self.carried_config)
         return CheckpointInfo(
-            hf_config=model_to_hf(self.config.model, theta=stage.theta, window=stage.seq_length),
+            hf_config=with_rope(model, stage.theta, stage.seq_length, self.config.model.rope_scaling),
             stage=stage.name,
             seq_length=stage.seq_length,
             theta=stage.theta,

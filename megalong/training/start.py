@@ -6,19 +6,21 @@ random weights and a small corpus of real text stand in for what is missing, and
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from megalong.checkpoint import pointer
 from megalong.checkpoint.info import read_info
 from megalong.config.schema import Config, ModelConfig
 from megalong.data.builtin import builtin_corpus
 from megalong.data.dataset import SequenceDataset, open_dataset
-from megalong.model.llama import model_from_hf
+from megalong.model.llama import from_hf
 from megalong.recipe.compose import from_yaml
 from megalong.recipe.stages import predecessor_point
 from megalong.rope.theta import RotaryPoint, check_follows
-from megalong.runtime.errors import CheckpointError, ConfigError, DataError
+from megalong.runtime.errors import CheckpointError, ConfigError
 from megalong.runtime.files import PARTIAL
 
 CACHE = Path.home() / ".cache" / "megalong"
@@ -47,6 +49,8 @@ class Start:
     path: Path | None
     text: str
     """How the run tells it."""
+    hf_config: dict[str, Any] | None = None
+    """config.json that the weights came with; what the model does not define is carried to the export."""
 
 
 def plan_start(config: Config) -> Start:
@@ -62,7 +66,7 @@ def plan_start(config: Config) -> Start:
     found = pointer.newest(root)
     if found is not None and config.checkpoint.resume:
         _check_same_run(config, found)
-        return Start("resume", found, f"resuming from {found}")
+        return Start("resume", found, f"resuming from {found}", read_info(found).hf_config)
     if found is not None:
         raise ConfigError(
             f"checkpoint.resume=false, but {root} already holds {found.name}. Choose another run_dir, or resume."
@@ -78,15 +82,16 @@ def plan_start(config: Config) -> Start:
     if not path.is_dir():
         raise CheckpointError(f"init_from={path}: there is no such folder. {_wants(config)}")
     if (path / "config.json").is_file() and not (path / pointer.COMMIT_MARK).is_file():
-        model, where = model_from_hf(path), f"init_from={path}"
-        kind = "hf"
+        kind, hf_config = "hf", _read_json(path / "config.json")
     else:
         path = pointer.resolve(path)
-        model, where = model_from_hf(read_info(path).hf_config), f"init_from={path}"
-        kind = "megatron"
+        kind, hf_config = "megatron", read_info(path).hf_config
+    where = f"init_from={path}"
+    model = from_hf(hf_config, where)
     _check_model(config, model, where)
-    _check_follows(config, model, where)
-    return Start(kind, path, f"weights from {path}")
+    expected = predecessor_point(config.stage, config.model, config.scale)
+    check_follows(RotaryPoint(model.rope_theta, model.max_position_embeddings), expected, where)
+    return Start(kind, path, f"weights from {path}", hf_config)
 
 
 def _without_init(config: Config) -> Start:
@@ -124,9 +129,12 @@ def _check_model(config: Config, found: ModelConfig, where: str) -> None:
         )
 
 
-def _check_follows(config: Config, found: ModelConfig, where: str) -> None:
-    expected = predecessor_point(config.stage, config.model, config.scale)
-    check_follows(RotaryPoint(found.rope_theta, found.max_position_embeddings), expected, where)
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Copy it again.") from error
+    return found
 
 
 def _check_same_run(config: Config, folder: Path) -> None:
@@ -173,11 +181,11 @@ def plan_data(config: Config, announce: list[str]) -> tuple[SequenceDataset, Seq
             )
         config.data.path = str(builtin_corpus(CACHE, config.stage.seq_length, config.model.vocab_size))
         announce.append(f"no data.path: Python sources of this machine, in {config.data.path}")
-    window = {"seq_length": config.stage.seq_length, "vocab_size": config.model.vocab_size}
-    train = open_dataset(config.data.path, "train", min_sequences=config.train.global_batch_size or 1, **window)
-    if config.data.eval_sequences == 0:
-        return train, None
-    return train, open_dataset(config.data.path, "eval", min_sequences=config.data.eval_sequences, **window)
 
+    def opened(split: str, at_least: int) -> SequenceDataset:
+        length, vocabulary = config.stage.seq_length, config.model.vocab_size
+        assert config.data.path is not None
+        return open_dataset(config.data.path, split, seq_length=length, vocab_size=vocabulary, min_sequences=at_least)
 
-__all__ = ["CACHE", "DataError", "Start", "plan_data", "plan_start"]
+    train = opened("train", config.train.global_batch_size or 1)
+    return train, opened("eval", config.data.eval_sequences) if config.data.eval_sequences else None
