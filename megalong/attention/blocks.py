@@ -20,6 +20,11 @@ def bhsd(x_SBHD: torch.Tensor) -> torch.Tensor:
     return x_SBHD.permute(1, 2, 0, 3)
 
 
+def sbhd(x_BHSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The [S, B, H, D] tensor of a [B, H, S, D] accumulator, in the model's dtype (no copy if that is its dtype)."""
+    return x_BHSD.permute(2, 0, 1, 3).to(dtype)
+
+
 def empty_bhsd(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised [B, H, S, D] whose memory order is [S, B, H, D], so that leaving the attention copies nothing."""
     b, h, s, d = like.shape

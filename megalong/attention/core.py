@@ -14,13 +14,14 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalong.attention import kernels, ring
-from megalong.attention.exchange import Ring
+from megalong.attention import kernels
+from megalong.attention.algorithms import Algorithm
 from megalong.attention.merge import accumulation_dtype
 from megalong.attention.requirements import check
 from megalong.attention.tiles import Documents
@@ -63,10 +64,10 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         if config.apply_query_key_layer_scaling:
             self.scale /= self.layer_number
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
         heads = config.num_query_groups // groups.tp.size()
         check(self.attention, heads, groups.cp.size(), self.cp_comm_type)
-        self.ring = Ring(groups.cp)
+        self.algorithm = Algorithm(self.cp_comm_type, groups.cp, getattr(groups, "hcp", None) or _hierarchy())
 
     def forward(
         self,
@@ -95,8 +96,7 @@ class CoreAttention(MegatronModule):
         kernel = kernels.select(self.attention.kernel, query.device, query.dtype, query.shape[-1], self.scale)
         documents = self._documents(attention_mask)
         wire = accumulation_dtype(key.dtype) if self.attention.grad_wire_dtype == "fp32" else key.dtype
-        steps = ring.plan(query.shape[0] * self.ring.size, self.ring.size, self.ring.rank, documents)
-        out = ring.RingAttention.apply(query, key, value, self.ring, steps, kernel, wire)
+        out = self.algorithm(query, key, value, documents, kernel, wire)
         return out.flatten(2)
 
     def _documents(self, starts: torch.Tensor | None) -> Documents:
@@ -112,3 +112,8 @@ class CoreAttention(MegatronModule):
         documents = tuple(starts.tolist())
         assert documents[0] == 0, documents[:3]
         return documents
+
+
+def _hierarchy() -> list[torch.distributed.ProcessGroup] | None:
+    """megatron's hierarchical context-parallel groups, where `hierarchical_context_parallel_sizes` was given to it."""
+    return parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)

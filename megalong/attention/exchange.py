@@ -17,6 +17,8 @@ from megalong.attention import meters
 Move = tuple[str, torch.Tensor, torch.Tensor]
 """(kind of traffic, contiguous tensor to send, contiguous tensor to receive into)."""
 
+Parts = Sequence[torch.Tensor]
+
 
 def nbytes(x: torch.Tensor) -> int:
     """Payload bytes of a tensor."""
@@ -65,3 +67,56 @@ class Ring:
             ops.append(dist.P2POp(dist.irecv, receive, self.left, self.group))
             meters.count(kind, nbytes(send), nbytes(receive))
         return Pending(dist.batch_isend_irecv(ops) if ops else (), *(t for m in moves for t in m[1:]))
+
+
+class Exchange:
+    """Collectives among the ranks of one group, each started at once and awaited later.
+
+    Args:
+        group: None: this rank alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = group.size() if group is not None else 1
+        self.rank = group.rank() if group is not None else 0
+
+    def all_to_all(self, kind: str, send: Sequence[Parts], receive: Sequence[Parts]) -> Pending:
+        """Start sending the tensors `send[j]` to rank j and receiving into `receive[j]` from rank j.
+
+        As a batch of point-to-point transfers (what NCCL's all-to-all is), so that parts arrive where they are
+        used instead of in a buffer that would have to be reordered.
+        """
+        for mine, there in zip(send[self.rank], receive[self.rank], strict=True):
+            there.copy_(mine)
+        ops: list[dist.P2POp] = []
+        keep: list[torch.Tensor] = []
+        for away in range(1, self.size):
+            to, source = (self.rank + away) % self.size, (self.rank - away) % self.size
+            ops += [dist.P2POp(dist.isend, x, self._global(to), self.group) for x in send[to]]
+            ops += [dist.P2POp(dist.irecv, x, self._global(source), self.group) for x in receive[source]]
+            keep += [*send[to], *receive[source]]
+            meters.count(kind, sum(map(nbytes, send[to])), sum(map(nbytes, receive[source])))
+        return Pending(dist.batch_isend_irecv(ops) if ops else (), *keep)
+
+    def all_gather(self, parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Pending]:
+        """Start gathering each [S, ...] part into [size*S, ...], in rank order."""
+        whole = [x.new_empty(self.size * x.shape[0], *x.shape[1:]) for x in parts]
+        works = []
+        for full, x in zip(whole, parts, strict=True):
+            works.append(dist.all_gather_into_tensor(full, x, group=self.group, async_op=True))
+            meters.count("all_gather", nbytes(full) - nbytes(x), nbytes(full) - nbytes(x))
+        return whole, Pending(works, *parts, *whole)
+
+    def reduce_scatter(self, whole: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Pending]:
+        """Start summing each [size*S, ...] over the ranks; this rank gets its [S, ...] part of the sum."""
+        parts = [x.new_empty(x.shape[0] // self.size, *x.shape[1:]) for x in whole]
+        works = []
+        for x, full in zip(parts, whole, strict=True):
+            works.append(dist.reduce_scatter_tensor(x, full, group=self.group, async_op=True))
+            meters.count("reduce_scatter", nbytes(full) - nbytes(x), nbytes(full) - nbytes(x))
+        return parts, Pending(works, *parts, *whole)
+
+    def _global(self, rank: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, rank)

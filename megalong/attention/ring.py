@@ -58,7 +58,7 @@ def forward(
     q_ = bhsd(q)
     if ring.size == 1:
         out, lse = blocks.forward_first(kernel, q_, bhsd(k), bhsd(v), steps[0])
-        return _leave(out, q.dtype), lse
+        return blocks.sbhd(out, q.dtype), lse
     here = torch.stack((k, v))
     there = torch.empty_like(here)
     moving = ring.shift(("ring_kv", here, there))
@@ -69,7 +69,7 @@ def forward(
         if s + 1 < ring.size:
             moving = ring.shift(("ring_kv", here, there))
         blocks.forward_more(kernel, q_, bhsd(here[0]), bhsd(here[1]), steps[s], out, lse)
-    return _leave(out, q.dtype), lse
+    return blocks.sbhd(out, q.dtype), lse
 
 
 def backward(
@@ -92,7 +92,7 @@ def backward(
     dout_, q_, out_ = bhsd(dout), bhsd(q), bhsd(out)
     if ring.size == 1:
         grads = blocks.backward_alone(kernel, dout_, q_, bhsd(k), bhsd(v), out_, lse, steps[0])
-        return tuple(_leave(g, g.dtype) for g in grads)  # type: ignore[return-value]
+        return tuple(blocks.sbhd(g, g.dtype) for g in grads)  # type: ignore[return-value]
 
     dq = blocks.empty_bhsd(q_, accumulation_dtype(q.dtype)).zero_()
 
@@ -124,7 +124,7 @@ def backward(
     moving.wait()
     home = grad_there.to(accumulation_dtype(k.dtype))
     blocks.add_shares(home, held)
-    return _leave(dq, q.dtype), home[0].to(k.dtype), home[1].to(v.dtype)
+    return blocks.sbhd(dq, q.dtype), home[0].to(k.dtype), home[1].to(v.dtype)
 
 
 class RingAttention(torch.autograd.Function):
@@ -149,8 +149,3 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         return (*backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None)
-
-
-def _leave(x_BHSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, H, S, D] accumulator to a [S, B, H, D] tensor of the model's dtype (no copy when that is its dtype)."""
-    return x_BHSD.permute(2, 0, 1, 3).to(dtype)

@@ -142,16 +142,23 @@ def _merged(causal: list[Tile], full: list[Tile]) -> Tiles:
             square[whole.q0, whole.k0] = ends[whole.q1, whole.k1] = whole
         else:
             rest.append(t)
-    return (*sorted(square.values()), *_joined(rest))
+    return (*sorted(square.values()), *joined(rest))
 
 
-def _joined(full: list[Tile]) -> list[Tile]:
-    """Rectangles joined along keys or along queries until none fits another (there are never many)."""
-    for i, a in enumerate(full):
-        for b in full[i + 1 :]:
-            others = [t for t in full if t not in (a, b)]
-            if (a.q0, a.q1) == (b.q0, b.q1) and a.k1 == b.k0:
-                return _joined([Tile(a.q0, a.q1, a.k0, b.k1, False), *others])
-            if (a.k0, a.k1) == (b.k0, b.k1) and a.q1 == b.q0:
-                return _joined([Tile(a.q0, b.q1, a.k0, a.k1, False), *others])
-    return full
+def joined(of: Iterable[Tile]) -> Tiles:
+    """Full tiles that touch along keys, then along queries, made into one."""
+    along_keys: list[Tile] = []
+    for t in sorted(of):
+        last = along_keys[-1] if along_keys else None
+        if last and (last.q0, last.q1, last.k1) == (t.q0, t.q1, t.k0):
+            along_keys[-1] = last._replace(k1=t.k1)
+        else:
+            along_keys.append(t)
+    along_queries: list[Tile] = []
+    for t in sorted(along_keys, key=lambda t: (t.k0, t.k1, t.q0)):
+        last = along_queries[-1] if along_queries else None
+        if last and (last.k0, last.k1, last.q1) == (t.k0, t.k1, t.q0):
+            along_queries[-1] = last._replace(q1=t.q1)
+        else:
+            along_queries.append(t)
+    return tuple(along_queries)
