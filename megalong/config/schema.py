@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megalong.config.cluster import ClusterConfig
+
 
 @dataclass
 class ModelConfig:
@@ -186,16 +188,6 @@ class CheckpointConfig:
     """Newest checkpoints kept besides the last of the stage."""
     resume: bool = True
     """Continue from the newest whole checkpoint in run_dir when there is one."""
-
-
-@dataclass
-class ClusterConfig:
-    """Facts about the machines that the planner and the utilisation figures use."""
-
-    name: str = "l40s-64x8"
-    gpu: str = "NVIDIA L40S"
-    peak_tflops: float = 362.0
-    """Dense bf16 peak of one device, TFLOP/s; what MFU and HFU are shares of."""
 
 
 @dataclass
