@@ -205,8 +205,7 @@ def _files_of(folder: Path) -> list[Path]:
     if pickled:
         raise CheckpointError(
             f"{folder} holds only pickled weights ({pickled[0]}). Unpickling runs code from the file, so only "
-            "safetensors are read: save the model again with transformers (safe_serialization), or use from-meta for Meta's "
-            "consolidated.*.pth."
+            "safetensors are read: save it again with transformers, or use from-meta for Meta's consolidated.*.pth."
         )
     raise CheckpointError(f"{folder} holds no *.safetensors: it is not a Hugging Face model directory.")
 
