@@ -21,7 +21,7 @@ from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import training_batches
 from megalong.evaluation.results import StageEvaluation, evaluation_from
 from megalong.model.gpt import build
-from megalong.model.llama import to_hf, with_rope
+from megalong.model.llama import model_to_hf
 from megalong.recipe.compose import to_yaml
 from megalong.runtime.console import say
 from megalong.runtime.files import write_text
@@ -153,9 +153,14 @@ class StageRun:
         stage = self.config.stage
         assert stage.theta is not None
         dtype = "bfloat16" if self.config.precision == "bf16" else "float32"
-        model = to_hf(self.config.model, dtype, self.carried_config)
+        hf_config = model_to_hf(
+            self.config.model, theta=stage.theta, window=stage.seq_length, dtype=dtype, carried=self.carried_config
+        )
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # of the checkpoint, not of conf/model
+            if token in (self.carried_config or {}):
+                hf_config[token] = (self.carried_config or {})[token]
         return CheckpointInfo(
-            hf_config=with_rope(model, stage.theta, stage.seq_length, self.config.model.rope_scaling),
+            hf_config=hf_config,
             stage=stage.name,
             seq_length=stage.seq_length,
             theta=stage.theta,

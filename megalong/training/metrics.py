@@ -37,7 +37,7 @@ def utilisation(config: Config, seconds: float) -> Utilisation:
     """Throughput and utilisation of a step that took `seconds`."""
     batch = config.train.global_batch_size or 1
     ranks = layout_of(config).world_size
-    peak = config.cluster.peak_tflops * 1e12 * ranks * seconds
+    peak = config.cluster.peak_flops(config.precision) * ranks * seconds
     seq = config.stage.seq_length
     return Utilisation(
         batch * seq / seconds / ranks,

@@ -6,7 +6,6 @@ random weights and a small corpus of real text stand in for what is missing, and
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megalong.checkpoint.info import read_info
 from megalong.config.schema import Config, ModelConfig
 from megalong.data.builtin import builtin_corpus
 from megalong.data.dataset import SequenceDataset, open_dataset
-from megalong.model.llama import from_hf
+from megalong.model.llama import model_from_hf, read_hf_config
 from megalong.recipe.compose import from_yaml
 from megalong.recipe.stages import predecessor_point
 from megalong.rope.theta import RotaryPoint, check_follows
@@ -82,12 +81,12 @@ def plan_start(config: Config) -> Start:
     if not path.is_dir():
         raise CheckpointError(f"init_from={path}: there is no such folder. {_wants(config)}")
     if (path / "config.json").is_file() and not (path / pointer.COMMIT_MARK).is_file():
-        kind, hf_config = "hf", _read_json(path / "config.json")
+        kind, hf_config = "hf", read_hf_config(path)
     else:
         path = pointer.resolve(path)
         kind, hf_config = "megatron", read_info(path).hf_config
     where = f"init_from={path}"
-    model = from_hf(hf_config, where)
+    model = model_from_hf(hf_config, where)
     _check_model(config, model, where)
     expected = predecessor_point(config.stage, config.model, config.scale)
     check_follows(RotaryPoint(model.rope_theta, model.max_position_embeddings), expected, where)
@@ -127,14 +126,6 @@ def _check_model(config: Config, found: ModelConfig, where: str) -> None:
             f"{where} is another model than model={config.model.name}: {', '.join(differences)}. "
             "Choose another model=..., or override these fields (model.<field>=...)."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Copy it again.") from error
-    return found
 
 
 def _check_same_run(config: Config, folder: Path) -> None:

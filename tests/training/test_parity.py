@@ -1,0 +1,76 @@
+"""Loss and every gradient equal transformers' on one process, in every layout, with every kind of mask."""
+
+from collections.abc import Iterator
+
+import pytest
+import transformers
+
+from megalong.runtime.ranks import RankPool
+from tests.training.parity import hf_model, masks, on_ranks, reference, relative, saved
+
+KINDS = ["all", "random", "single", "one rank empty"]
+LAYOUTS = [
+    # tp, cp, pp, dp
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 4, 1, 1),
+    (1, 1, 2, 1),
+    (1, 1, 1, 2),
+    (2, 2, 1, 2),
+    (2, 2, 2, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[tuple[transformers.LlamaForCausalLM, str]]:
+    model = hf_model()
+    with saved(model) as folder:
+        yield model, folder
+
+
+def sizes(tp: int, cp: int, pp: int, dp: int) -> list[str]:
+    return [f"topology.tp={tp}", f"topology.cp={cp}", f"topology.pp={pp}", f"topology.dp={dp}"]
+
+
+def check(ranks: RankPool, model: transformers.LlamaForCausalLM, folder: str, layout: tuple, *overrides: str) -> None:
+    tp, cp, pp, dp = layout
+    found = ranks.run(on_ranks, tp * cp * pp * dp, folder, [*sizes(*layout), *overrides], KINDS)
+    for kind in KINDS:
+        loss, grads = reference(model, masks(cp, dp)[kind])
+        for rank in found:
+            assert rank[kind][0] == pytest.approx(loss, rel=1e-5), kind
+        worst = {name: relative(found[0][kind][1][name], grad) for name, grad in grads.items()}
+        assert max(worst.values()) <= 1e-4, (kind, {n: w for n, w in worst.items() if w > 1e-4})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x))
+def test_loss_and_gradients_are_transformers(ranks: RankPool, llama: tuple, layout: tuple) -> None:
+    check(ranks, *llama, layout)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_recompute_does_not_change_them(ranks: RankPool, llama: tuple, recompute: str) -> None:
+    check(ranks, *llama, (2, 2, 1, 1), f"train.recompute={recompute}")
+
+
+@pytest.mark.parametrize("chunk", [0, 7, 10_000])
+def test_the_chunk_of_the_loss_does_not_change_them(ranks: RankPool, llama: tuple, chunk: int) -> None:
+    check(ranks, *llama, (2, 1, 1, 1), f"train.loss_chunk={chunk}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"mlp_bias": True, "attention_bias": True},
+        {"vocab_size": 301},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 362987.0, "factor": 4.0}},
+    ],
+    ids=lambda c: " ".join(c),
+)
+def test_every_kind_of_llama(ranks: RankPool, changes: dict) -> None:
+    model = hf_model(**changes)
+    with saved(model) as folder:
+        check(ranks, model, folder, (2, 1, 2, 1))
