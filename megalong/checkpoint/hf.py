@@ -243,11 +243,19 @@ def _rows(entry: Entry, read: Callable[[str, int, int], Tensor], start: int, sto
 
 def runs_between(entry: Entry, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
     """(Hugging Face name, first row, row after the last) of what makes up megatron rows [start, stop), in order."""
-    runs = sorted((run, piece.hf_name) for piece in entry.pieces for run in piece.runs)
+    runs = [(run, piece.hf_name) for piece in entry.pieces for run in piece.runs]
     for run, name in sorted(runs, key=lambda item: item[0].megatron_row):
         low, high = max(start, run.megatron_row), min(stop, run.megatron_row + run.rows)
         if low < high:
             yield name, run.hf_row + low - run.megatron_row, run.hf_row + high - run.megatron_row
+
+
+def megatron_runs_between(piece: Piece, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) in the megatron tensor of Hugging Face rows [start, stop), in order."""
+    for run in piece.runs:  # ascending in hf_row
+        low, high = max(start, run.hf_row), min(stop, run.hf_row + run.rows)
+        if low < high:
+            yield run.megatron_row + low - run.hf_row, run.megatron_row + high - run.hf_row
 
 
 def _padded(tensor: Tensor, rows: int | None) -> Tensor:
@@ -341,7 +349,7 @@ def load_hf_into(model_chunks: Sequence[nn.Module], folder: Path, model: ModelCo
 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    with SafetensorsDirectory(Path(folder)) as source:
+    with SafetensorsDirectory(Path(folder), verify=False) as source:
         check_tensors(model, source.tensors, Path(folder))
         for chunk in model_chunks:
             for name, parameter, entry in parameters_of(chunk, model):

@@ -73,7 +73,12 @@ class CheckpointInfo:
 
 def write_info(folder: Path, info: CheckpointInfo) -> None:
     """Write the record into a checkpoint folder."""
-    write_text(folder / INFO, json.dumps(asdict(info), indent=2) + "\n")
+    write_text(folder / INFO, info_json(info))
+
+
+def info_json(info: CheckpointInfo) -> str:
+    """The text of `megalong.json`."""
+    return json.dumps(asdict(info), indent=2) + "\n"
 
 
 def read_info(folder: Path) -> CheckpointInfo:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalong.checkpoint.checksums import Checksums
 from megalong.runtime.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +56,10 @@ class Stored:
 class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, opened and checked, read in slices.
 
+    Args:
+        folder: directory with model.safetensors, or shards and their index.
+        verify: compare files with `checksums.json`, where there is one, before they are first read.
+
     Attributes:
         tensors: name -> where it lies.
 
@@ -64,12 +69,14 @@ class SafetensorsDirectory:
         CheckpointError: no safetensors, or files that are damaged or contradict one another.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.folder, self._verify = folder, verify
+        self.sums = Checksums(folder)
         self._handles: dict[Path, int] = {}
         self.files = _files_of(folder)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
+            self.sums.check(file.name, contents=False)
             for name, stored in read_header(file).items():
                 if name in self.tensors:
                     raise CheckpointError(
@@ -82,6 +89,8 @@ class SafetensorsDirectory:
         """Fill `target` (bytes) with a file's bytes from `offset` on."""
         handle = self._handles.get(file)
         if handle is None:
+            if self._verify:
+                self.sums.check(file.name)
             handle = self._handles[file] = os.open(file, os.O_RDONLY)
         done = 0
         while done < len(target):

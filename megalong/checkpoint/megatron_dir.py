@@ -1,0 +1,318 @@
+"""What model lies in a megatron-core checkpoint directory, and how are slices of it read without loading it?
+
+The directory is one of `dist_checkpointing` with the `torch_dist` backend: `.metadata` says for each tensor which
+chunks it consists of and where each chunk's record lies in the `*.distcp` files. Any grid of chunks is understood, so
+a checkpoint reads the same whatever the layout of the run that wrote it. The optimizer's tensors are not touched.
+
+Each record carries a CRC-32, which is checked the first time that the record is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megalong.checkpoint.checksums import Checksums
+from megalong.checkpoint.hf import LAYERS, Entry, table
+from megalong.checkpoint.info import INFO, CheckpointInfo, read_info
+from megalong.checkpoint.torch_record import Record, find_record
+from megalong.config.schema import ModelConfig
+from megalong.runtime.errors import CheckpointError
+
+COMMIT_MARK = "metadata.json"  # megatron-core writes it last
+METADATA = ".metadata"
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.", "model.")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_READ = 8 << 20
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A block of one tensor; offsets and sizes along every axis, the layer axis included."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class MegatronDirectory:
+    """The model in a megatron-core checkpoint, opened and checked, read in slices.
+
+    Attributes:
+        info: what `megalong.json` says.
+        tensors: key -> (shape, dtype) of the model's tensors as they lie on disk.
+
+    Use as a context manager, or call `close()`.
+
+    Raises:
+        CheckpointError: half-written, damaged, or not of the `torch_dist` format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_backend(folder)
+        self.sums = Checksums(folder)
+        self.sums.check(METADATA)
+        self.sums.check(INFO)
+        self.info: CheckpointInfo = read_info(folder)
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._chunks: dict[str, dict[int, list[_Chunk]]] = {}
+        self._records: dict[_Chunk, Record] = {}
+        self._handles: dict[str, int] = {}
+        self._scratch = np.empty(_READ, dtype=np.uint8)
+        metadata = _read_metadata(folder)
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata) and key.startswith(_MODEL_KEYS):
+                self._add(key, stored, metadata.storage_data or {})
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Check that exactly a Llama's tensors are there, each with its right shape and a float dtype.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, mis-shaped or mis-typed; it is named.
+        """
+        known = set()
+        for entry in table(model):
+            key, stacked = self._key(entry)
+            known.add(key)
+            if key not in self.tensors:
+                raise CheckpointError(f"{self.folder}: tensor {key} is missing; {INFO} asks for it.")
+            shape, dtype = self.tensors[key]
+            expected = (model.num_hidden_layers, *entry.shape) if stacked else entry.shape
+            padded = entry.is_vocabulary and shape[0] >= expected[0] and shape[1:] == expected[1:]
+            if shape != expected and not padded:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {key} has shape {list(shape)}, but {INFO} asks for {list(expected)}."
+                )
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{self.folder}: tensor {key} has dtype {dtype}, which no Llama has.")
+        unexpected = sorted(set(self.tensors) - known)
+        if unexpected:
+            raise CheckpointError(f"{self.folder}: tensor {unexpected[0]} is unexpected; {INFO} describes no such one.")
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Dtype of a tensor as stored."""
+        return self.tensors[self._key(entry)[0]][1]
+
+    def read_into(self, entry: Entry, start: int, stop: int, target: np.ndarray) -> None:
+        """Fill `target`, uint8 [rows * row bytes], with rows [start, stop) of a tensor (of its layer).
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        key, stacked = self._key(entry)
+        itemsize = self.tensors[key][1].itemsize
+        columns = math.prod(entry.shape[1:])
+        target_RC = target.reshape(stop - start, columns * itemsize)
+        for chunk in self._chunks[key].get(entry.layer if stacked and entry.layer is not None else 0, []):
+            offsets, sizes = (chunk.offsets[1:], chunk.sizes[1:]) if stacked else (chunk.offsets, chunk.sizes)
+            low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
+            if low >= high:
+                continue
+            width = math.prod(sizes[1:]) * itemsize
+            left = (offsets[1] if len(offsets) > 1 else 0) * itemsize
+            place = self._record(key, chunk).offset + (low - offsets[0]) * width
+            part = target_RC[low - start : high - start]
+            if width == target_RC.shape[1]:
+                self._read(chunk.file, place, part.reshape(-1).data)
+            else:
+                self._read_columns(chunk.file, place, part[:, left : left + width])
+
+    def rows(self, entry: Entry, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor (of its layer), as a tensor of its own."""
+        tensor = torch.empty((stop - start, *entry.shape[1:]), dtype=self.dtype(entry))
+        if tensor.numel():
+            self.read_into(entry, start, stop, tensor.view(-1).view(torch.uint8).numpy())
+        return tensor
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def __enter__(self) -> MegatronDirectory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _key(self, entry: Entry) -> tuple[str, bool]:
+        """Key on disk, and whether the layers are stacked under it (megatron's default) or lie one by one."""
+        if entry.layer is None:
+            return entry.name, False
+        one_by_one = f"{LAYERS}{entry.layer}.{entry.name}"
+        return (one_by_one, False) if one_by_one in self.tensors else (entry.key, True)
+
+    def _add(self, key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> None:
+        shape = tuple(stored.size)
+        self.tensors[key] = (shape, stored.properties.dtype)
+        by_layer: dict[int, list[_Chunk]] = {}
+        covered = 0
+        places = {tuple(i.offset): place for i, place in storage.get(key, ())}
+        for chunk in stored.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            place = places.get(offsets)
+            if place is None:
+                raise CheckpointError(f"{self.folder / METADATA} is damaged: part {offsets} of {key} lies nowhere.")
+            covered += math.prod(sizes)
+            stacked = key.startswith(LAYERS) and not key.removeprefix(LAYERS).split(".")[0].isdigit()
+            if stacked and sizes[0] != 1:
+                raise CheckpointError(f"{self.folder}: {key} is not cut between layers, which no megatron-core writes.")
+            found = _Chunk(offsets, sizes, place.relative_path, place.offset, place.length)
+            by_layer.setdefault(offsets[0] if stacked else 0, []).append(found)
+            self._check_place(key, found)
+        if covered != math.prod(shape):
+            raise CheckpointError(
+                f"{self.folder}: the parts of {key} have {covered} values, the tensor {math.prod(shape)}: not whole."
+            )
+        self._chunks[key] = by_layer
+
+    def _check_place(self, key: str, chunk: _Chunk) -> None:
+        file = self.folder / chunk.file
+        if Path(chunk.file).name != chunk.file or not file.is_file():
+            raise CheckpointError(f"{file} is missing, which holds part of {key}.")
+        if file.stat().st_size < chunk.start + chunk.length:
+            raise CheckpointError(
+                f"{file} is cut short: {file.stat().st_size} bytes, but part of {key} ends at "
+                f"{chunk.start + chunk.length}."
+            )
+
+    def _record(self, key: str, chunk: _Chunk) -> Record:
+        record = self._records.get(chunk)
+        if record is not None:
+            return record
+        where = f"{self.folder / chunk.file}: tensor {key} at {list(chunk.offsets)}"
+        try:
+            record = find_record(
+                lambda offset, count: self._bytes(chunk.file, offset, count), chunk.start, chunk.length
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}.") from error
+        if record.dtype != self.tensors[key][1] or record.shape != chunk.sizes:
+            raise CheckpointError(
+                f"{where} has shape {list(record.shape)} and {record.dtype}, not what {METADATA} says."
+            )
+        crc = 0
+        for at in range(0, record.nbytes, _READ):
+            part = self._scratch[: min(_READ, record.nbytes - at)]
+            self._read(chunk.file, record.offset + at, part.data)
+            crc = zlib.crc32(part.data, crc)
+        if crc != record.crc:
+            raise CheckpointError(f"{where} was changed after it was written (CRC-32 differs): damaged.")
+        self._records[chunk] = record
+        return record
+
+    def _read_columns(self, file: str, offset: int, target_RC: np.ndarray) -> None:
+        rows, width = target_RC.shape
+        step = max(1, _READ // width)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            part = self._scratch[: count * width]
+            self._read(file, offset + row * width, part.data)
+            target_RC[row : row + count] = part.reshape(count, width)
+
+    def _bytes(self, file: str, offset: int, count: int) -> bytes:
+        target = bytearray(count)
+        self._read(file, offset, memoryview(target))
+        return bytes(target)
+
+    def _read(self, file: str, offset: int, target: memoryview) -> None:
+        handle = self._handles.get(file)
+        if handle is None:
+            handle = self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
+        done = 0
+        while done < len(target):
+            count = os.preadv(handle, [target[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.folder / file} ended while it was read: it was changed meanwhile.")
+            done += count
+
+
+def is_megatron(folder: Path) -> bool:
+    """Whether a folder looks like a megatron-core checkpoint, whole or not."""
+    return (folder / METADATA).is_file() or (folder / COMMIT_MARK).is_file() or any(folder.glob("*.distcp"))
+
+
+def _check_backend(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder.")
+    path = folder / COMMIT_MARK
+    try:
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is a half-written checkpoint, or none: {COMMIT_MARK}, which is written last, is missing."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{folder} has the sharded backend {backend!r}; only torch_dist is read.")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+        by_key: dict[str, list[tuple[Any, Any]]] = {}
+        for index, place in (metadata.storage_data or {}).items():
+            if index.offset is not None:
+                by_key.setdefault(index.fqn, []).append((index, place))
+        metadata.storage_data = by_key
+        return metadata
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: not a whole checkpoint.") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+_METADATA_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "StorageMeta",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata`; anything that torch.distributed.checkpoint does not write there is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")

@@ -1,0 +1,239 @@
+"""How does a converted directory come to exist whole or not at all, however it ends?
+
+Everything is written into `OUT.partial`, each file is hashed as it goes, synced, and listed in `checksums.json`; one
+rename then gives the directory its name. A kill leaves at most `OUT.partial`, which the next run replaces; an error
+removes it. Two conversions to the same place cannot run at the same time.
+
+Writing happens on a thread of its own: handing bytes to the page cache is most of a conversion's time, and this way
+the next block is read, rearranged and hashed meanwhile. Blocks are reused, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalong.checkpoint.checksums import CHECKSUMS
+from megalong.runtime.errors import CheckpointError
+from megalong.runtime.files import commit_folder, partial_of, write_text
+
+BLOCK = 16 << 20
+_BLOCKS = 4
+_SPARE = 16 << 20  # room for indices, tokenizers and the file system's own books
+Progress = Callable[[int], None]
+
+
+class Block:
+    """A reusable piece of memory; `data` is uint8 [BLOCK]."""
+
+    def __init__(self) -> None:
+        self.data = np.empty(BLOCK, dtype=np.uint8)
+
+
+class OutputFile:
+    """One file of an output folder, written front to back."""
+
+    def __init__(self, folder: OutputFolder, name: str) -> None:
+        self.name, self._folder = name, folder
+        self._hash, self.size = hashlib.sha256(), 0
+        path = folder.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        folder._open.add(self._handle)
+
+    def write(self, data: bytes | memoryview, block: Block | None = None) -> None:
+        """Append bytes. With `block`, they lie in that block, which goes back to the folder's stock once written."""
+        self._hash.update(data)
+        self.size += len(data)
+        self._folder._put((self._handle, data, block))
+        self._folder.progress(len(data))
+
+    def close(self) -> None:
+        """Sync and close the file, and enter it in the list of checksums."""
+        self._folder._put((self._handle, None, None))
+        self._folder.sums[self.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
+
+
+class OutputFolder:
+    """A directory that gets its name only when it is whole. Use as a context manager.
+
+    Args:
+        target: the final name.
+        needed: bytes that will be written, to refuse a disk without room before anything is touched.
+        overwrite: replace an existing directory of the same kind (`is_ours` says whether it is one).
+        is_ours: whether an existing directory may be replaced at all.
+        progress: called with the number of bytes, as they are written.
+
+    Raises:
+        CheckpointError: the target exists, someone else is writing it, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        needed: int,
+        overwrite: bool = False,
+        is_ours: Callable[[Path], bool] = lambda path: False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.target, self.partial = target, partial_of(target)
+        self.replaced = target.with_name(target.name + ".replaced")
+        self.progress: Progress = progress or (lambda count: None)
+        self.sums: dict[str, dict[str, Any]] = {}
+        self._needed, self._overwrite, self._is_ours = needed, overwrite, is_ours
+        self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Any] = queue.Queue(maxsize=2 * _BLOCKS)
+        self._failure: BaseException | None = None
+        self._open: set[int] = set()
+        self._lock = -1
+
+    def block(self) -> Block:
+        """A block to fill; waits until the writer has given one back."""
+        while True:
+            self._check()
+            with contextlib.suppress(queue.Empty):
+                return self._blocks.get(timeout=1.0)
+
+    def file(self, name: str) -> OutputFile:
+        """Start a file."""
+        return OutputFile(self, name)
+
+    def small_file(self, name: str, content: bytes) -> None:
+        """Write a whole small file."""
+        file = self.file(name)
+        file.write(content)
+        file.close()
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self._claim()
+        except OSError as error:
+            raise CheckpointError(f"{self.target} cannot be written: {error}.") from error
+        for _ in range(_BLOCKS):
+            self._blocks.put(Block())
+        self._writer = threading.Thread(target=self._write_jobs, name="writer", daemon=True)
+        self._writer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._jobs.put(None)
+            self._writer.join()
+            for handle in self._open:  # files that an error left unfinished
+                os.close(handle)
+            if error is None:
+                self._check()
+                self._commit()
+        except OSError as failure:
+            self._discard()
+            raise _as_user_error(failure, self.target) from failure
+        except BaseException:
+            self._discard()
+            raise
+        else:
+            if error is not None:
+                self._discard()
+        finally:
+            os.close(self._lock)
+        if isinstance(error, OSError):
+            raise _as_user_error(error, self.target) from error
+
+    def _claim(self) -> None:
+        if self.replaced.exists() and not self.target.exists():
+            os.rename(self.replaced, self.target)  # an overwrite was killed between its two renames
+        if self.target.exists() and not self._overwrite:
+            raise CheckpointError(f"{self.target} exists already. Choose another name, or give --overwrite.")
+        if self.target.exists() and not (self._is_ours(self.target) or _is_empty(self.target)):
+            raise CheckpointError(
+                f"{self.target} exists and is not a checkpoint of this kind: --overwrite does not remove it."
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise CheckpointError(f"another conversion is writing {self.partial} right now.") from error
+        for left in self.partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        free = shutil.disk_usage(self.partial).free
+        if free < self._needed + _SPARE:
+            self._discard()
+            os.close(self._lock)
+            raise CheckpointError(
+                f"{self.target.parent} has {free / 1e9:.2f} GB free, but {self._needed / 1e9:.2f} GB will be written. "
+                "Make room, or choose another disk."
+            )
+
+    def _commit(self) -> None:
+        # last of all files, so that even a copy of a half-written folder does not look whole
+        write_text(self.partial / CHECKSUMS, json.dumps(dict(sorted(self.sums.items())), indent=1) + "\n")
+        if self.target.exists():
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            os.rename(self.target, self.replaced)
+        commit_folder(self.partial, self.target)
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _put(self, job: Any) -> None:
+        self._check()
+        self._jobs.put(job)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _write_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            handle, data, block = job
+            try:
+                if self._failure is None:
+                    _write_all(handle, data) if data is not None else os.fsync(handle)
+            except BaseException as error:
+                self._failure = error
+            if data is None:
+                self._open.discard(handle)
+                os.close(handle)
+            if block is not None:
+                self._blocks.put(block)
+
+
+def _write_all(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def _as_user_error(error: OSError, target: Path) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(f"the disk of {target} is full; nothing was left there. Make room and run again.")
+    return CheckpointError(f"{target} cannot be written: {error}.")
+
+
+def row_blocks(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of the pieces in which a tensor passes through blocks.
+
+    A row longer than a block (none exists in a Llama: 16 MiB is 4 million columns of fp32) is an assertion.
+    """
+    assert row_bytes <= BLOCK, row_bytes
+    step = max(1, BLOCK // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
