@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megalong.data.manifest import VERSION
 from megalong.data.prepare import prepare
 from megalong.data.whole import whole_folder
 from megalong.runtime.errors import DataError
@@ -56,7 +57,7 @@ def builtin_tokenizer(cache_dir: Path, vocab_size: int) -> Path:
 def _base(cache_dir: Path, vocab_size: int) -> tuple[Path, Path]:
     """The text as JSON lines, and the tokenizer's folder."""
     assert vocab_size > 256, vocab_size
-    base = cache_dir / f"python-{vocab_size}" / "text"
+    base = cache_dir / f"python-{vocab_size}-v{VERSION}" / "text"
     with _lock(cache_dir):
         if not base.exists():
             texts = list(python_sources(CORPUS_BYTES))

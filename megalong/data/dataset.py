@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megalong.data.manifest import Manifest, SequenceFile, StoredFile, read_manifest
-from megalong.data.whole import sha256_of
 from megalong.runtime.errors import DataError
+from megalong.runtime.files import sha256_of
 
 VERIFY_AT_OPEN_BYTES = 64 * 2**20
 """Folders up to this size have their checksums compared whenever they are opened (a fraction of a second)."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megalong.runtime.errors import DataError
+from megalong.runtime.files import partial_of
 
 FORMAT = "megalong-sequences"
 VERSION = 1
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: no such folder, no manifest in it, or one that this version does not understand.
     """
     if not folder.is_dir():
-        half = folder.with_name(folder.name + ".partial")
+        half = partial_of(folder)
         hint = f" {half} exists: the tool that was writing it did not finish; run it again." if half.exists() else ""
         raise DataError(f"There is no data folder {folder}.{hint} tools/prepare_data.py makes one.")
     path = folder / MANIFEST_NAME

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megalong.data.manifest import TokenizerInfo
-from megalong.data.whole import sha256_of
 from megalong.runtime.errors import DataError
+from megalong.runtime.files import sha256_of
 
 # Looked for in this order when no tokenizer_config.json names the end of text. Llama 3, Llama 2, GPT-2.
 _END_OF_TEXT = ("<|end_of_text|>", "</s>", "<|endoftext|>")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megalong.data.manifest import MAX_ELEMENTS, SequenceFile, StoredFile
 from megalong.data.packing import Sequence
-from megalong.data.whole import sha256_of
+from megalong.runtime.files import sha256_of
 
 FILE_ELEMENTS = 2**28  # 1 GiB of int32: easy to copy, far from the format's limit
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megalong.evaluation.position import LossByPosition
 from megalong.runtime.errors import DataError
+from megalong.runtime.files import write_text
 
 FILE_NAME = "evaluation.json"
 
@@ -24,9 +26,17 @@ class StageEvaluation:
 
     def write(self, run_dir: Path) -> None:
         """Write `evaluation.json` into `run_dir`, replacing an earlier one at once."""
-        partial = run_dir / (FILE_NAME + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, run_dir / FILE_NAME)
+        write_text(run_dir / FILE_NAME, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def evaluation_from(raw: Mapping[str, Any]) -> StageEvaluation:
+    """Inverse of `dataclasses.asdict`."""
+    after = raw["after"]
+    return StageEvaluation(
+        seq_length=raw["seq_length"],
+        before=LossByPosition(**raw["before"]),
+        after=LossByPosition(**after) if after is not None else None,
+    )
 
 
 def read_evaluation(run_dir: Path) -> StageEvaluation:
@@ -39,12 +49,6 @@ def read_evaluation(run_dir: Path) -> StageEvaluation:
     if not path.is_file():
         raise DataError(f"{run_dir} has no {FILE_NAME}: the stage was not evaluated (data.eval_sequences=0?).")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        after = raw["after"]
-        return StageEvaluation(
-            seq_length=raw["seq_length"],
-            before=LossByPosition(**raw["before"]),
-            after=LossByPosition(**after) if after is not None else None,
-        )
+        return evaluation_from(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
