@@ -1,0 +1,91 @@
+"""Runs real training steps on pool ranks and reports what they moved and what they hold."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalong.config.schema import Config
+
+
+@dataclass
+class Observed:
+    """What one rank saw."""
+
+    sent: dict[tuple[str, str], int]
+    """Bytes by (group, kind) of one step."""
+    weights: int
+    """Bytes of the buffer that holds the parameters."""
+    gradients: int
+    """Bytes of the main gradients."""
+    optimizer: int
+    """Bytes of master weights and moments."""
+    parameters: dict[str, tuple[int, ...]]
+    """Name to shape."""
+
+
+class Trainer:
+    """The real trainer's parts on this rank, fed with random tokens."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        from megalong.model.gpt import build
+        from megalong.recipe.compose import compose
+        from megalong.recipe.layout import layout_of
+        from megalong.topology.groups import initialize
+        from megalong.training.step import build_optimizer
+
+        self.config = compose(overrides, dist.get_world_size())
+        self.layout = layout_of(self.config)
+        initialize(self.layout, self.config.attention.hierarchical_context_parallel_sizes)
+        self.model = build(self.config)
+        self.optimizer = build_optimizer(self.config, self.model)
+        self.steps = itertools.count()
+
+    def batches(self) -> Any:
+        config: Config = self.config
+        local = config.stage.seq_length // self.layout.cp
+        tokens = torch.randint(0, config.model.vocab_size, (1, local))
+        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, local), "document_starts": None}
+        return itertools.repeat(batch)
+
+    def step(self) -> None:
+        from megalong.training.step import train_step
+
+        train_step(self.config, self.model, self.optimizer, self.batches(), next(self.steps))
+
+    def optimizer_bytes(self) -> int:
+        total = 0
+        for one in self.optimizer.chained_optimizers:
+            total += sum(_bytes(p) for group in one.shard_fp32_from_float16_groups for p in group)
+            for state in one.optimizer.state.values():
+                total += sum(_bytes(t) for name, t in state.items() if name.startswith("exp_avg"))
+        return total
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def observe(overrides: list[str]) -> Observed:
+    """One counted step after a warm-up step."""
+    from megalong.planning.observe import TrafficCounter
+
+    trainer = Trainer(overrides)
+    trainer.step()
+    with TrafficCounter(trainer.layout) as counter:
+        trainer.step()
+    buffers = trainer.model[0].buffers
+    return Observed(
+        sent=dict(counter.sent),
+        weights=sum(_bytes(b.param_data) for b in buffers),
+        gradients=sum(_bytes(b.grad_data) for b in buffers),
+        optimizer=trainer.optimizer_bytes(),
+        parameters={
+            name.removeprefix("module.").removeprefix("module."): tuple(p.shape)
+            for name, p in trainer.model[0].named_parameters()
+        },
+    )
