@@ -10,10 +10,12 @@ Data, loss, rotary embedding, evaluation and attention all ask this module; noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from megalong.runtime.errors import LayoutError
+
+if TYPE_CHECKING:  # the planner asks this package for ranges and bytes, and answers before torch would be loaded
+    import torch
 
 Range = tuple[int, int]
 """Half-open interval [start, stop) of global token positions."""
@@ -48,11 +50,15 @@ def chunk_ranges(seq_length: int, cp_size: int, cp_rank: int) -> list[Range]:
 
 def local_positions(seq_length: int, cp_size: int, cp_rank: int, device: torch.device | None = None) -> torch.Tensor:
     """Global positions of the tokens of `cp_rank`, int64 [seq_length / cp_size], in local order."""
+    import torch
+
     return torch.cat([torch.arange(a, b, device=device) for a, b in chunk_ranges(seq_length, cp_size, cp_rank)])
 
 
 def shard(x: torch.Tensor, cp_size: int, cp_rank: int, dim: int = 0) -> torch.Tensor:
     """The part of `cp_rank` of a full tensor along its sequence dimension `dim` (a copy unless CP is 1)."""
+    import torch
+
     if cp_size == 1:
         return x
     ranges = chunk_ranges(x.shape[dim], cp_size, cp_rank)
@@ -61,6 +67,8 @@ def shard(x: torch.Tensor, cp_size: int, cp_rank: int, dim: int = 0) -> torch.Te
 
 def unshard(shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """The full tensor from the shards of all ranks, in rank order: the inverse of `shard`."""
+    import torch
+
     if len(shards) == 1:
         return shards[0]
     halves = [s.chunk(2, dim) for s in shards]
