@@ -1,7 +1,8 @@
 """How is a list of tiles computed with a kernel? Slices in, merged outputs or accumulated gradients out.
 
 All tensors are [B, H or K, S, D] views; nothing is copied or transposed for a tile. Accumulators are fp32
-(fp64 for fp64 inputs) whatever the kernel's dtype.
+(fp64 for fp64 inputs) whatever the kernel's dtype. Documents that follow one another on the diagonal go to the kernel
+in one call where it can take them.
 """
 
 from __future__ import annotations
@@ -10,50 +11,68 @@ from typing import NamedTuple
 
 import torch
 
-from megalong.attention.kernels import Grads, Kernel
+from megalong.attention.kernels import Cuts, Grads, Kernel
 from megalong.attention.merge import accumulation_dtype, merge_
 from megalong.attention.tiles import Tile, Tiles
 
 
-def bhsd(x_SBHD: torch.Tensor) -> torch.Tensor:
-    """The [B, H, S, D] view of a [S, B, H, D] tensor."""
-    return x_SBHD.permute(1, 2, 0, 3)
+class Call(NamedTuple):
+    """One call of a kernel: a tile, or a run of causal squares with the cuts between them."""
+
+    tile: Tile
+    cuts: Cuts
 
 
-def sbhd(x_BHSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The [S, B, H, D] tensor of a [B, H, S, D] accumulator, in the model's dtype (no copy if that is its dtype)."""
-    return x_BHSD.permute(2, 0, 1, 3).to(dtype)
+class Share(NamedTuple):
+    """What one call adds to the gradients of its keys and values, as the kernel returned it."""
+
+    tile: Tile
+    dk: torch.Tensor
+    dv: torch.Tensor
 
 
-def empty_bhsd(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised [B, H, S, D] whose memory order is [S, B, H, D], so that leaving the attention copies nothing."""
-    b, h, s, d = like.shape
-    return bhsd(torch.empty(s, b, h, d, dtype=dtype, device=like.device))
+def calls(tiles: Tiles, kernel: Kernel) -> list[Call]:
+    """The kernel calls that compute `tiles`, in order; runs of causal squares are one call where that can be."""
+    found: list[Call] = []
+    for t in tiles:
+        last = found[-1] if found else None
+        if kernel.varlen and t.causal and last and last.tile.causal and (last.tile.q1, last.tile.k1) == (t.q0, t.k0):
+            run = last.tile._replace(q1=t.q1, k1=t.k1)
+            start = last.tile.q0
+            found[-1] = Call(run, (*(last.cuts or (0, t.q0 - start)), t.q1 - start))
+        else:
+            found.append(Call(t, None))
+    return found
 
 
 def forward_first(
-    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Tiles, alone: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries to their own chunk or chunks: starts the running (out, lse).
 
     The causal tiles cover every query exactly once, so nothing has to be initialised and lse is finite everywhere.
 
+    Args:
+        alone: nothing will be merged into the result, so out can stay in q's dtype.
+
     Returns:
         out [B, H, S, D] and lse [B, H, S] in the accumulation dtype.
     """
+    assert not alone or all(t.causal for t in tiles), tiles
     wide = accumulation_dtype(q.dtype)
-    causal = tuple(t for t in tiles if t.causal)
+    out_dtype = q.dtype if alone else wide
+    causal = calls(tuple(t for t in tiles if t.causal), kernel)
     if len(causal) == 1:
-        out, lse = kernel.forward(q, k, v, True)
-        out, lse = out.to(wide), lse.to(wide)
+        out, lse = kernel.forward(q, k, v, True, causal[0].cuts)
+        out, lse = out.to(out_dtype), lse.to(wide)
     else:
-        out = empty_bhsd(q, wide)
+        out = empty_bhsd(q, out_dtype)
         lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
-        for t in causal:
-            part = kernel.forward(_q(q, t), _k(k, t), _k(v, t), True)
+        for t, cuts in causal:
+            part = kernel.forward(_q(q, t), _k(k, t), _k(v, t), True, cuts)
             _q(out, t).copy_(part[0])
             lse[:, :, t.q0 : t.q1].copy_(part[1])
-    forward_more(kernel, q, k, v, tiles[len(causal) :], out, lse)
+    forward_more(kernel, q, k, v, tuple(t for t in tiles if not t.causal), out, lse)
     return out, lse
 
 
@@ -70,14 +89,7 @@ def forward_more(
     for t in tiles:
         part_out, part_lse = kernel.forward(_q(q, t), _k(k, t), _k(v, t), t.causal)
         merge_(_q(out, t), lse[:, :, t.q0 : t.q1], part_out, part_lse)
-
-
-class Share(NamedTuple):
-    """What one tile adds to the gradients of its keys and values, as the kernel returned it."""
-
-    tile: Tile
-    dk: torch.Tensor
-    dv: torch.Tensor
+        del part_out, part_lse  # before the next call makes its own
 
 
 def backward(
@@ -96,8 +108,9 @@ def backward(
     The shares are added (`add_shares`) when the travelling accumulator has arrived.
     """
     shares = []
-    for t in tiles:
-        grads = _tile_backward(kernel, dout, q, k, v, out, lse, t)
+    for call in calls(tiles, kernel):
+        t = call.tile
+        grads = _backward_of(call, kernel, dout, q, k, v, out, lse)
         _q(dq, t).add_(grads[0])
         shares.append(Share(t, grads[1], grads[2]))
     return shares
@@ -131,18 +144,37 @@ def backward_alone(
     Each gradient is then written once, in the inputs' dtype, and no fp32 accumulator is needed.
     """
     assert all(t.causal for t in tiles), tiles
-    if len(tiles) == 1:
-        return kernel.backward(dout, q, k, v, out, lse, True)
+    wanted = calls(tiles, kernel)
+    if len(wanted) == 1:
+        return _backward_of(wanted[0], kernel, dout, q, k, v, out, lse)
     dq, dk, dv = (empty_bhsd(x, x.dtype) for x in (q, k, v))
-    for t in tiles:
-        grads = _tile_backward(kernel, dout, q, k, v, out, lse, t)
+    for call in wanted:
+        t = call.tile
+        grads = _backward_of(call, kernel, dout, q, k, v, out, lse)
         _q(dq, t).copy_(grads[0])
         _k(dk, t).copy_(grads[1])
         _k(dv, t).copy_(grads[2])
     return dq, dk, dv
 
 
-def _tile_backward(
+def bhsd(x_SBHD: torch.Tensor) -> torch.Tensor:
+    """The [B, H, S, D] view of a [S, B, H, D] tensor."""
+    return x_SBHD.permute(1, 2, 0, 3)
+
+
+def sbhd(x_BHSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The [S, B, H, D] tensor of a [B, H, S, D] accumulator, in the model's dtype (no copy if that is its dtype)."""
+    return x_BHSD.permute(2, 0, 1, 3).to(dtype)
+
+
+def empty_bhsd(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised [B, H, S, D] whose memory order is [S, B, H, D], so that leaving the attention copies nothing."""
+    b, h, s, d = like.shape
+    return bhsd(torch.empty(s, b, h, d, dtype=dtype, device=like.device))
+
+
+def _backward_of(
+    call: Call,
     kernel: Kernel,
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -150,9 +182,10 @@ def _tile_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    t: Tile,
 ) -> Grads:
-    return kernel.backward(_q(dout, t), _q(q, t), _k(k, t), _k(v, t), _q(out, t), lse[:, :, t.q0 : t.q1], t.causal)
+    t = call.tile
+    lse_ = lse[:, :, t.q0 : t.q1]
+    return kernel.backward(_q(dout, t), _q(q, t), _k(k, t), _k(v, t), _q(out, t), lse_, t.causal, call.cuts)
 
 
 def _q(x: torch.Tensor, t: Tile) -> torch.Tensor:

@@ -10,6 +10,7 @@ CUDA kernels are in `kernels_cuda.py`. The reference materialises the scores and
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -17,6 +18,8 @@ import torch
 from megalong.attention.merge import accumulation_dtype
 from megalong.runtime.errors import ConfigError
 
+Cuts = tuple[int, ...] | None
+"""Rows 0 = c0 < c1 < ... < cm = S between which lie m causal squares, one after another on the diagonal."""
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -24,9 +27,11 @@ class Kernel(Protocol):
     """Attention over one tile. Tensors are views in any memory order whose last dimension is contiguous."""
 
     name: str
+    varlen: bool
+    """Whether a causal call may have `cuts`: many documents in one call. Else they come one by one."""
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) of q [B, H, Sq, D] and k, v [B, K, Sk, D].
 
@@ -43,6 +48,7 @@ class Kernel(Protocol):
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
+        cuts: Cuts = None,
     ) -> Grads:
         """(dq, dk, dv) of this tile, shaped as q, k, v; out and lse are the final ones of the queries."""
         ...
@@ -52,13 +58,15 @@ class CpuFlash:
     """PyTorch's CPU flash attention (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): fp32, fp64, bf16, fp16."""
 
     name = "cpu_flash"
+    varlen = False
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert cuts is None
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=self.scale)
 
     def backward(
@@ -70,7 +78,9 @@ class CpuFlash:
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
+        cuts: Cuts = None,
     ) -> Grads:
+        assert cuts is None
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, scale=self.scale
         )
@@ -80,14 +90,15 @@ class Reference:
     """Attention by its definition, in the accumulation dtype, with all scores in memory. Any device."""
 
     name = "reference"
+    varlen = True
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, v_ = _scores(q, k, causal, self.scale), v.to(accumulation_dtype(v.dtype)).unsqueeze(2)
+        scores, v_ = self._scores(q, k, causal, cuts), v.to(accumulation_dtype(v.dtype)).unsqueeze(2)
         lse = torch.logsumexp(scores, -1)
         out = torch.exp(scores - lse.unsqueeze(-1)) @ v_
         return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
@@ -101,11 +112,12 @@ class Reference:
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
+        cuts: Cuts = None,
     ) -> Grads:
         groups, wide = k.shape[1], accumulation_dtype(q.dtype)
         q_, dout_, out_ = (x.to(wide).unflatten(1, (groups, -1)) for x in (q, dout, out))
         k_, v_ = (x.to(wide).unsqueeze(2) for x in (k, v))
-        p = torch.exp(_scores(q, k, causal, self.scale) - lse.to(wide).unflatten(1, (groups, -1)).unsqueeze(-1))
+        p = torch.exp(self._scores(q, k, causal, cuts) - lse.to(wide).unflatten(1, (groups, -1)).unsqueeze(-1))
         dp = dout_ @ v_.transpose(-1, -2)
         ds = p * (dp - (dout_ * out_).sum(-1, keepdim=True)) * self.scale
         dq = (ds @ k_).flatten(1, 2)
@@ -113,15 +125,16 @@ class Reference:
         dv = (p.transpose(-1, -2) @ dout_).sum(2)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    """Scaled scores [B, K, H/K, Sq, Sk]."""
-    wide = accumulation_dtype(q.dtype)
-    scores = q.to(wide).unflatten(1, (k.shape[1], -1)) @ k.to(wide).unsqueeze(2).transpose(-1, -2) * scale
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return scores
+    def _scores(self, q: torch.Tensor, k: torch.Tensor, causal: bool, cuts: Cuts) -> torch.Tensor:
+        """Scaled scores [B, K, H/K, Sq, Sk], -inf where a query may not look."""
+        wide = accumulation_dtype(q.dtype)
+        scores = q.to(wide).unflatten(1, (k.shape[1], -1)) @ k.to(wide).unsqueeze(2).transpose(-1, -2) * self.scale
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+            for a, b in pairwise(cuts or (0, q.shape[2])):
+                hidden[a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return scores
 
 
 NAMES = ("auto", "cpu_flash", "cuda_flash", "cudnn", "reference")

@@ -1,37 +1,54 @@
 """Which CUDA operators compute a tile? PyTorch's bundled flash attention 2, and cuDNN's fused attention.
 
-Both take [B, H, S, D] views with any strides, keep H and K apart (GQA), and let their backward be given the final
-output and log-sum-exp. Causal tiles are square, so how an operator aligns a causal rectangle never matters.
-Schemas: aten/src/ATen/native/native_functions.yaml; the order of arguments follows
-torch/distributed/tensor/experimental/_context_parallel/_attention.py and torch/nn/attention/varlen.py.
+Both take views with any strides, keep H and K apart (GQA), and let their backward be given the final output and
+log-sum-exp. Causal tiles are square, so how an operator aligns a causal rectangle never matters.
+
+Shapes and argument orders were read in torch 2.13's aten/src/ATen/native/native_functions.yaml,
+torch/_meta_registrations.py and torch/nn/attention/varlen.py: flash works on [B, S, H, D] and returns lse
+[B, H, S]; its variable-length form works on [S, H, D] and returns lse [H, S]; cuDNN works on [B, H, S, D] and returns
+lse [B, H, S, 1] (since torch 2.9). Both want lse contiguous backward, which a slice of rows is not.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
-from megalong.attention.kernels import Grads
+from megalong.attention.kernels import Cuts, Grads
 
 aten = torch.ops.aten
 
 
 class CudaFlash:
-    """`aten._flash_attention_forward` / `_backward` on dense [B, S, H, D]: bf16 and fp16."""
+    """`aten._flash_attention_forward` and `_backward`: bf16 and fp16, and many documents in one call."""
 
     name = "cuda_flash"
+    varlen = True
     max_head_dim = 256
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, *_ = aten._flash_attention_forward(
-            q_, k_, v_, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=self.scale
-        )
-        return out.transpose(1, 2), lse
+        if cuts is None:
+            out, lse, *_ = aten._flash_attention_forward(
+                q_, k_, v_, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=self.scale
+            )
+            return out.transpose(1, 2), lse
+        rows, longest = _rows(cuts, q.device)
+        parts = [
+            aten._flash_attention_forward(
+                q_[b], k_[b], v_[b], rows, rows, longest, longest, 0.0, causal, False, scale=self.scale
+            )[:2]
+            for b in range(q.shape[0])
+        ]
+        return _batch([p[0] for p in parts]).transpose(1, 2), _batch([p[1] for p in parts])
 
     def backward(
         self,
@@ -42,13 +59,26 @@ class CudaFlash:
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
+        cuts: Cuts = None,
     ) -> Grads:
         dout_, q_, k_, v_, out_ = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        seed, offset = _no_dropout(q.device)
-        dq, dk, dv = aten._flash_attention_backward(
-            dout_, q_, k_, v_, out_, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, offset,
-            scale=self.scale,
-        )  # fmt: skip
+        lse = lse.contiguous()
+        seed, unused = _no_dropout(q.device, torch.uint64)
+        if cuts is None:
+            dq, dk, dv = aten._flash_attention_backward(
+                dout_, q_, k_, v_, out_, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, unused,
+                scale=self.scale,
+            )  # fmt: skip
+        else:
+            rows, longest = _rows(cuts, q.device)
+            parts = [
+                aten._flash_attention_backward(
+                    dout_[b], q_[b], k_[b], v_[b], out_[b], lse[b], rows, rows, longest, longest, 0.0, causal, seed,
+                    unused, scale=self.scale,
+                )
+                for b in range(q.shape[0])
+            ]  # fmt: skip
+            dq, dk, dv = (_batch(x) for x in zip(*parts, strict=True))
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -56,18 +86,20 @@ class CudnnFlash:
     """`aten._scaled_dot_product_cudnn_attention` and its backward: bf16 and fp16."""
 
     name = "cudnn"
+    varlen = False  # torch's variable-length cuDNN path refuses GQA
     max_head_dim = 128
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert cuts is None
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=self.scale
         )
-        return out, lse.reshape(q.shape[:-1])  # cuDNN's statistics tensor is [B, H, S, 1]
+        return out, lse.reshape(q.shape[:-1])
 
     def backward(
         self,
@@ -78,14 +110,27 @@ class CudnnFlash:
         out: torch.Tensor,
         lse: torch.Tensor,
         causal: bool,
+        cuts: Cuts = None,
     ) -> Grads:
-        seed, offset = _no_dropout(q.device)
+        assert cuts is None
+        seed, offset = _no_dropout(q.device, torch.int64)
         return aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse.contiguous().unsqueeze(-1), seed, offset, None, None, None,
             q.shape[2], k.shape[2], 0.0, causal, scale=self.scale,
         )  # fmt: skip
 
 
-def _no_dropout(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.lru_cache(maxsize=8)  # the same cuts come back in every layer, forward and backward
+def _rows(cuts: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """(cumulative lengths, int32 on the device; longest square)."""
+    return torch.tensor(cuts, dtype=torch.int32, device=device), max(b - a for a, b in pairwise(cuts))
+
+
+def _batch(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Results of single sequences as one batch; a batch of one is not copied."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _no_dropout(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random state that a backward asks for and, without dropout, does not read."""
-    return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    return torch.zeros(2, dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)

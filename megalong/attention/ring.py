@@ -57,7 +57,7 @@ def forward(
     """
     q_ = bhsd(q)
     if ring.size == 1:
-        out, lse = blocks.forward_first(kernel, q_, bhsd(k), bhsd(v), steps[0])
+        out, lse = blocks.forward_first(kernel, q_, bhsd(k), bhsd(v), steps[0], alone=True)
         return blocks.sbhd(out, q.dtype), lse
     here = torch.stack((k, v))
     there = torch.empty_like(here)
@@ -118,6 +118,7 @@ def backward(
         if s > 1:
             grad, grad_there = grad_there, grad
         blocks.add_shares(grad, found)
+        del found  # before the next step makes its own
     del here, there
     moving = ring.shift(("ring_dkv", grad, grad_there))
     held += shares(k, v, last)
