@@ -11,6 +11,7 @@ the next block is read, rearranged and hashed meanwhile. Blocks are reused, so m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -31,8 +32,10 @@ from megalong.runtime.files import commit_folder, partial_of, write_text
 
 BLOCK = 16 << 20
 _BLOCKS = 4
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _SPARE = 16 << 20  # room for indices, tokenizers and the file system's own books
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
+"""Called as bytes are written, with their number and with the total that is expected."""
 
 
 class Block:
@@ -43,25 +46,32 @@ class Block:
 
 
 class OutputFile:
-    """One file of an output folder, written front to back."""
+    """One file of an output folder, written front to back.
 
-    def __init__(self, folder: OutputFolder, name: str) -> None:
+    Args:
+        size: bytes that it will have; its place on the disk is reserved at once.
+    """
+
+    def __init__(self, folder: OutputFolder, name: str, size: int) -> None:
         self.name, self._folder = name, folder
         self._hash, self.size = hashlib.sha256(), 0
         path = folder.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         folder._open.add(self._handle)
+        _reserve(self._handle, size)
+        self._expected = size
 
     def write(self, data: bytes | memoryview, block: Block | None = None) -> None:
         """Append bytes. With `block`, they lie in that block, which goes back to the folder's stock once written."""
         self._hash.update(data)
         self.size += len(data)
         self._folder._put((self._handle, data, block))
-        self._folder.progress(len(data))
+        self._folder._progress(len(data), self._folder._needed)
 
     def close(self) -> None:
         """Sync and close the file, and enter it in the list of checksums."""
+        assert self.size == self._expected, (self.name, self.size, self._expected)
         self._folder._put((self._handle, None, None))
         self._folder.sums[self.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
@@ -74,7 +84,7 @@ class OutputFolder:
         needed: bytes that will be written, to refuse a disk without room before anything is touched.
         overwrite: replace an existing directory of the same kind (`is_ours` says whether it is one).
         is_ours: whether an existing directory may be replaced at all.
-        progress: called with the number of bytes, as they are written.
+        progress: follows the writing.
 
     Raises:
         CheckpointError: the target exists, someone else is writing it, or the disk is full.
@@ -90,7 +100,7 @@ class OutputFolder:
     ) -> None:
         self.target, self.partial = target, partial_of(target)
         self.replaced = target.with_name(target.name + ".replaced")
-        self.progress: Progress = progress or (lambda count: None)
+        self._progress: Progress = progress or (lambda count, total: None)
         self.sums: dict[str, dict[str, Any]] = {}
         self._needed, self._overwrite, self._is_ours = needed, overwrite, is_ours
         self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
@@ -106,13 +116,13 @@ class OutputFolder:
             with contextlib.suppress(queue.Empty):
                 return self._blocks.get(timeout=1.0)
 
-    def file(self, name: str) -> OutputFile:
-        """Start a file."""
-        return OutputFile(self, name)
+    def file(self, name: str, size: int) -> OutputFile:
+        """Start a file of `size` bytes."""
+        return OutputFile(self, name, size)
 
     def small_file(self, name: str, content: bytes) -> None:
         """Write a whole small file."""
-        file = self.file(name)
+        file = self.file(name, len(content))
         file.write(content)
         file.close()
 
@@ -210,6 +220,18 @@ class OutputFolder:
                 os.close(handle)
             if block is not None:
                 self._blocks.put(block)
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Reserve a file's blocks, so that a full disk shows at once and the file lies in one piece.
+
+    fallocate(2) itself rather than `os.posix_fallocate`: where a file system has no such call, the C library would
+    write every block once more. There, writing simply goes on without.
+    """
+    if size and _LIBC.fallocate(handle, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
 
 
 def _write_all(handle: int, data: bytes | memoryview) -> None:

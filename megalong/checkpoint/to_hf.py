@@ -44,7 +44,7 @@ def megatron_to_hf(
         max_shard_size: bytes of one *.safetensors file.
         dtype: float32, bfloat16 or float16 to cast to; None: as it is, bit for bit.
         overwrite: replace an existing Hugging Face directory.
-        progress: called with the number of bytes, as they are written.
+        progress: follows the writing.
 
     Raises:
         CheckpointError: the source is half-written, damaged or no Llama, or the target cannot be written.
@@ -56,11 +56,12 @@ def megatron_to_hf(
         places = {piece.hf_name: (entry, piece) for entry in table(model) for piece in entry.pieces}
         cast = one_dtype({e.parameter: checkpoint.dtype(e) for e in table(model)}, dtype, checkpoint.folder)
         plans = plan_shards(hf_shapes(model), cast, max_shard_size)
-        needed = sum(math.prod(shape) * cast.itemsize for plan in plans for shape in plan.tensors.values())
+        needed = sum(plan.nbytes(cast) for plan in plans)
         with OutputFolder(target, needed, overwrite, is_hf, progress) as folder:
             for plan in plans:
-                file = folder.file(plan.name)
-                file.write(header(plan, cast))
+                head = header(plan, cast)
+                file = folder.file(plan.name, len(head) + plan.nbytes(cast))
+                file.write(head)
                 for name in plan.tensors:
                     entry, piece = places[name]
                     row_bytes = math.prod(entry.shape[1:]) * cast.itemsize

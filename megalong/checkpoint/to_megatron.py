@@ -63,7 +63,7 @@ def hf_to_megatron(
         target: the checkpoint to make.
         dtype: float32, bfloat16 or float16 to cast to; None: as it is, bit for bit.
         overwrite: replace an existing checkpoint.
-        progress: called with the number of bytes, as they are written.
+        progress: follows the writing.
 
     Raises:
         CheckpointError: the source is damaged or no Llama, or the target cannot be written.
@@ -89,6 +89,13 @@ def hf_to_megatron(
             folder.small_file(COMMIT_MARK, _COMMIT_TEXT)
 
 
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+_NOTHING = _saved([None])  # an extra state as megatron-core stores it
 _COMMIT_TEXT = json.dumps(
     {
         "sharded_backend": "torch_dist",
@@ -131,6 +138,10 @@ def one_dtype(found: Mapping[str, torch.dtype], wanted: str | None, where: Path)
     return dtype
 
 
+def _record_shape(entry: Entry) -> tuple[int, ...]:
+    return entry.shape if entry.layer is None else (1, *entry.shape)
+
+
 class _Writer:
     """Writes the tensors of one model, one file per layer, and the metadata that ties them together."""
 
@@ -149,24 +160,20 @@ class _Writer:
         self._write_file(self.model.num_hidden_layers + 1, outside[1:], None)
         metadata = Metadata(self.state, storage_data=self.storage, storage_meta=StorageMeta())
         self.folder.small_file(METADATA, pickle.dumps(metadata, protocol=4))
-        stream = io.BytesIO()
         # 3.0: query, key and value rows lie per group, as Megatron-LM's own argument of that name says
-        torch.save({"checkpoint_version": 3.0}, stream)
-        self.folder.small_file("common.pt", stream.getvalue())
+        self.folder.small_file("common.pt", _saved({"checkpoint_version": 3.0}))
 
     def _write_file(self, number: int, entries: list[Entry], layer: int | None) -> None:
-        file = self.folder.file(f"__0_{number}.distcp")
-        for entry in entries:
-            self._write_tensor(file, entry)
+        records = [RecordWriter(self.dtype, _record_shape(entry)) for entry in entries]
+        extra = len(_NOTHING) * len(_EXTRA_STATES) if layer is not None else 0
+        file = self.folder.file(f"__0_{number}.distcp", sum(record.length for record in records) + extra)
+        for entry, record in zip(entries, records, strict=True):
+            self._write_tensor(file, entry, record)
         if layer is not None:
             self._write_extra_states(file, layer)
         file.close()
 
-    def _write_tensor(self, file: OutputFile, entry: Entry) -> None:
-        shape, first_row = entry.shape, [0] * len(entry.shape)
-        if entry.layer is not None:
-            shape, first_row = (1, *shape), [entry.layer, *first_row]
-        record = RecordWriter(self.dtype, shape)
+    def _write_tensor(self, file: OutputFile, entry: Entry, record: RecordWriter) -> None:
         start, crc = file.size, 0
         file.write(record.head)
         row_bytes = math.prod(entry.shape[1:]) * self.dtype.itemsize
@@ -177,7 +184,7 @@ class _Writer:
             crc = zlib.crc32(data.data, crc)
             file.write(data.data, block)
         file.write(record.tail(crc))
-        self._register(entry, shape, torch.Size(first_row), _StorageInfo(file.name, start, file.size - start))
+        self._register(entry, _StorageInfo(file.name, start, file.size - start))
 
     def _fill(self, data: np.ndarray, entry: Entry, first: int, last: int) -> None:
         at = 0
@@ -193,7 +200,9 @@ class _Writer:
                 part[:] = cast.view(-1).view(torch.uint8).numpy()
         assert at == len(data), (entry.key, at, len(data))
 
-    def _register(self, entry: Entry, shape: tuple[int, ...], offsets: torch.Size, place: _StorageInfo) -> None:
+    def _register(self, entry: Entry, place: _StorageInfo) -> None:
+        shape = _record_shape(entry)
+        offsets = torch.Size([0] * len(shape) if entry.layer is None else [entry.layer, *(0 for _ in entry.shape)])
         if entry.key not in self.state:
             layers = self.model.num_hidden_layers
             size = shape if entry.layer is None else (layers, *entry.shape)
@@ -203,13 +212,11 @@ class _Writer:
         self.storage[MetadataIndex(entry.key, offsets, len(chunks) - 1)] = place
 
     def _write_extra_states(self, file: OutputFile, layer: int) -> None:
-        stream = io.BytesIO()
-        torch.save([None], stream)
         for module in _EXTRA_STATES:
             key = f"{LAYERS}{module}._extra_state/shard_{layer}_{self.model.num_hidden_layers}"
             self.state[key] = BytesStorageMetadata()
-            self.storage[MetadataIndex(key)] = _StorageInfo(file.name, file.size, len(stream.getvalue()))
-            file.write(stream.getvalue())
+            self.storage[MetadataIndex(key)] = _StorageInfo(file.name, file.size, len(_NOTHING))
+            file.write(_NOTHING)
 
 
 def _check_tied(model: ModelConfig, source: SafetensorsDirectory) -> None:
