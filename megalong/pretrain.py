@@ -47,6 +47,7 @@ def main(process: launch.Process) -> int:
         device.install()
         from megalong.training.loop import StageRun
         from megalong.training.start import plan_data, plan_start
+    console.quiet_libraries()
     from megalong.recipe.layout import layout_of
     from megalong.topology.groups import initialize
 

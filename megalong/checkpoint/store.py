@@ -8,6 +8,7 @@ have written, everything is synced, the folder is renamed, and only then does `l
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -27,9 +28,13 @@ from megalong.checkpoint.info import HF_FILES, CheckpointInfo, write_info
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
 
-# The canonical form of the optimizer state: one tensor per parameter, so that TP and PP may change between runs.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 CHECKSUMS = "checksums.json"
+
+
+def _metadata() -> dict[str, Any]:
+    """The canonical form of the optimizer state: one tensor per parameter, so that TP and PP may change between runs.
+    A new dict every time, because megatron-core notes its process groups in it."""
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(
@@ -62,13 +67,13 @@ def save(
         if target.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(target)
     dist.barrier()
-    sharded_model = _module(model).sharded_state_dict(metadata=METADATA)
+    sharded_model = _module(model).sharded_state_dict(metadata=_metadata())
     everything = {
         "model": sharded_model,
-        "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=METADATA),
+        "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=_metadata()),
         "state": {**state, "step": step, "rng": _rng_state()},
     }
-    dist_checkpointing.save(everything, str(partial), content_metadata=METADATA)
+    dist_checkpointing.save(everything, str(partial), content_metadata=_metadata())
     _write_checksums(partial)
     if first:
         write_text(partial / "config.yaml", config_yaml)
@@ -87,14 +92,16 @@ def load_run(folder: Path, model: list[DistributedDataParallel], optimizer: Mega
     Raises:
         CheckpointError: the files do not hold this model or this optimizer.
     """
-    sharded_model = _module(model).sharded_state_dict(metadata=METADATA)
+    _prepare_to_load(optimizer)
+    sharded_model = _module(model).sharded_state_dict(metadata=_metadata())
     wanted = {
         "model": sharded_model,
-        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=METADATA),
+        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=_metadata()),
     }
     loaded = _load(wanted, folder)
     _module(model).load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
+    _own_steps(optimizer)
     state = loaded["state"]
     _restore_rng(state.pop("rng"))
     return state
@@ -106,7 +113,7 @@ def load_weights(folder: Path, model: list[DistributedDataParallel]) -> None:
     Raises:
         CheckpointError: the files do not hold this model.
     """
-    loaded = _load({"model": _module(model).sharded_state_dict(metadata=METADATA)}, folder)
+    loaded = _load({"model": _module(model).sharded_state_dict(metadata=_metadata())}, folder)
     _module(model).load_state_dict(loaded["model"])
 
 
@@ -151,6 +158,40 @@ def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} cannot be loaded into this model: {first}") from error
+
+
+def _prepare_to_load(optimizer: MegatronOptimizer) -> None:
+    """Two things that megatron-core expects of apex's Adam and torch's AdamW does not do (optimizer/distrib_optimizer.py).
+
+    It loads into moments that are there already, while torch makes them in its first step. And torch keeps a `step`
+    per parameter, which `_set_main_param_and_optimizer_states` looks for among the saved tensors though it travels in
+    the parameter groups; the value that is there already stands in for it.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam):  # AdamW is one
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+
+
+def _own_steps(optimizer: MegatronOptimizer) -> None:
+    """megatron-core gives all parameters one `step` tensor, which torch's AdamW then increments once per parameter:
+    after a resume the bias correction would run ahead a hundredfold, without an error. Each gets its own again."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _set_with_step(part: Any, model_parameter: Any, tensors: dict[str, Any]) -> None:
+    group, order = part.model_param_group_index_map[model_parameter]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    type(part)._set_main_param_and_optimizer_states(part, model_parameter, {"step": state["step"], **tensors})
 
 
 def _write_checksums(partial: Path) -> None:

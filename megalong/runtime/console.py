@@ -52,6 +52,13 @@ def gathered_notices(title: str) -> Iterator[None]:
         say(f"{title}: {len(texts)} notices ({'; '.join(about)})")
 
 
+def quiet_libraries() -> None:
+    """Once imported, torch and megatron-core warn of deprecations and missing extras at every first use; no longer."""
+    for module in (r"torch\.", r"megatron\."):
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)
+
+
 def _subject(text: str) -> str:
     """The gist of a notice: what is missing, or its first words."""
     for word in ("Transformer Engine and Apex", "Transformer Engine", "Apex", "transformer_engine", "flash"):

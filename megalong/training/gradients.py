@@ -42,7 +42,10 @@ def _gather_shards(model: list[DistributedDataParallel]) -> None:
     """Undo the reduce-scatter: every rank of a data- and context-parallel group gets the whole buffer."""
     for chunk in model:
         for group in chunk.bucket_groups:
-            ranks, rank = group.intra_distributed_optimizer_instance_size, group.intra_distributed_optimizer_instance_rank
+            ranks, rank = (
+                group.intra_distributed_optimizer_instance_size,
+                group.intra_distributed_optimizer_instance_rank,
+            )
             for bucket in group.buckets:
                 shard = bucket.grad_data.chunk(ranks)[rank].clone()
                 dist.all_gather_into_tensor(

@@ -28,7 +28,6 @@ from megalong.runtime.files import write_text
 from megalong.runtime.launch import together
 from megalong.training.evaluate import evaluate
 from megalong.training.metrics import Metrics
-from megalong.training.schedule import learning_rate
 from megalong.training.start import Start
 from megalong.training.step import build_optimizer, train_step
 
@@ -104,15 +103,14 @@ class StageRun:
         batch = config.train.global_batch_size or 1
         while self.step < total:
             begun = time.monotonic()
-            lr = learning_rate(self.step, config.train.lr or 0.0, config.optimizer.warmup_steps)
-            result = train_step(config, self.model, self.optimizer, batches, lr)
+            result = train_step(config, self.model, self.optimizer, batches, self.step)
             self.step += 1
             self.cursor = self.cursor.advance(batch)
             record = {
                 "step": self.step,
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
-                "lr": lr,
+                "lr": result.lr,
                 "tokens": self.cursor.consumed_samples * config.stage.seq_length,
                 "valid_tokens": result.valid_tokens,
             }

@@ -6,11 +6,13 @@ The loss is a sum over valid tokens; gradients are divided once by the global nu
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -22,6 +24,7 @@ from torch import Tensor
 from megalong.config.schema import Config
 from megalong.data.loader import MicroBatch
 from megalong.runtime import device
+from megalong.training.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class StepResult:
     valid_tokens: int
     grad_norm: float
     """Global L2 norm before clipping."""
+    lr: float
     updated: bool
     """False when megatron skipped the update (a non-finite gradient)."""
 
@@ -78,9 +82,12 @@ def train_step(
     model: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: Iterator[MicroBatch],
-    lr: float,
+    step: int,
 ) -> StepResult:
-    """One optimizer step at learning rate `lr`."""
+    """Do optimizer step `step`, counted from 0. Random generators are a function of seed and step, so that a resumed
+    run, on any layout, draws what the unbroken one would have drawn."""
+    _seed(config.seed, step)
+    lr = learning_rate(step, config.train.lr or 0.0, config.optimizer.warmup_steps)
     assert config.train.global_batch_size is not None
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -88,7 +95,13 @@ def train_step(
     micro_batches = config.train.global_batch_size // (config.topology.dp or 1)
     loss, tokens = forward_backward(config, model, batches, micro_batches)
     updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss, tokens, float(grad_norm or 0.0), bool(updated))
+    return StepResult(loss, tokens, float(grad_norm or 0.0), lr, bool(updated))
+
+
+def _seed(seed: int, step: int) -> None:
+    torch.manual_seed(seed * 1_000_003 + step)
+    np.random.seed((seed * 1_000_003 + step) % 2**32)
+    random.seed(seed * 1_000_003 + step)
 
 
 def losses_of(
