@@ -39,6 +39,8 @@ class ClusterConfig:
 
     name: str = "unnamed"
     gpu: str = "unknown device"
+    device: str = "cuda"
+    """Kind of device: cuda or cpu."""
     nodes: Fact = _unknown(1)
     gpus_per_node: Fact = _unknown(1)
     """Devices (or CPU ranks) of one node."""

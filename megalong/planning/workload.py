@@ -27,8 +27,8 @@ class Workload:
     cp_comm_type: str = "p2p"
     hierarchical_sizes: tuple[int, ...] | None = None
     grad_wire_dtype: str = "fp32"
-    overlap_gradients: bool = True
-    """Gradients are reduced while backward still runs (on CUDA), not after it (on the CPU)."""
+    device: str = "cuda"
+    """cuda or cpu: the trainer overlaps the gradient reduction with backward only on CUDA, and kernels differ."""
     checkpoints: int = 1
     """Checkpoints written during the stage."""
 
@@ -51,6 +51,11 @@ class Workload:
     def layers(self) -> int:
         """Transformer layers of one pipeline stage."""
         return self.model.num_hidden_layers // self.layout.pp
+
+    @property
+    def overlap_gradients(self) -> bool:
+        """Gradients are reduced while backward still runs, not after it."""
+        return self.device == "cuda"
 
     @property
     def element_bytes(self) -> int:
@@ -95,11 +100,11 @@ class Workload:
         return replace(self, layout=layout, hierarchical_sizes=hierarchical_sizes or self.hierarchical_sizes)
 
 
-def workload_of(config: Config, *, overlap_gradients: bool = True) -> Workload:
+def workload_of(config: Config, device: str | None = None) -> Workload:
     """The workload of a resolved configuration.
 
     Args:
-        overlap_gradients: as the trainer on CUDA does; False for CPU ranks.
+        device: cuda or cpu; None: what the cluster's devices are.
     """
     t = config.topology
     layout = Layout(t.tp or 1, t.cp or 1, t.pp or 1, t.dp or 1)
@@ -118,6 +123,6 @@ def workload_of(config: Config, *, overlap_gradients: bool = True) -> Workload:
         cp_comm_type=config.attention.cp_comm_type,
         hierarchical_sizes=tuple(sizes) if sizes else None,
         grad_wire_dtype=config.attention.grad_wire_dtype,
-        overlap_gradients=overlap_gradients,
+        device=device or config.cluster.device,
         checkpoints=-(-steps // every) if every else 1,
     )

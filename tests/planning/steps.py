@@ -89,3 +89,57 @@ def observe(overrides: list[str]) -> Observed:
             for name, p in trainer.model[0].named_parameters()
         },
     )
+
+
+@dataclass
+class Memory:
+    """What torch's allocator saw on one rank, bytes above what was there before forward and backward."""
+
+    saved: int
+    """Kept between one forward pass and its backward pass."""
+    peak: int
+    """Highest at any time of forward and backward of a whole step."""
+    events: list[tuple[int, int]]
+
+
+def _allocations(prof: Any) -> list[tuple[int, int]]:
+    """(time in ns, bytes) of every allocation (positive) and release (negative), in order."""
+    found = [(e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return sorted(found, key=lambda e: e[0])
+
+
+def _highest(events: list[tuple[int, int]]) -> int:
+    return max(itertools.accumulate((size for _, size in events), initial=0))
+
+
+def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
+    """Profile forward and backward of real steps, after a warm-up step.
+
+    The lowest of three peaks counts: gloo's threads let go of tensors late, by chance.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    from megalong.training.step import forward_backward
+
+    trainer = Trainer(overrides)
+    config, layout = trainer.config, trainer.layout
+    trainer.step()
+    settings: Any = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    saved = 0
+    if layout.pp == 1:
+        batch = next(trainer.batches())
+        with profile(**settings) as prof:
+            losses = trainer.model[0](
+                input_ids=batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"]
+            )
+        saved = sum(size for _, size in _allocations(prof))
+        losses.sum().backward()
+        del losses
+    micro_batches = (config.train.global_batch_size or 1) // layout.dp
+    peaks, events = [], []
+    for _ in range(3):
+        with profile(**settings) as prof:
+            forward_backward(config, trainer.model, trainer.batches(), micro_batches)
+        events = _allocations(prof)
+        peaks.append(_highest(events))
+    return Memory(saved, min(peaks), events if keep_events else [])

@@ -63,7 +63,7 @@ def settings(overrides: list[str]) -> list[str]:
 def case(request: pytest.FixtureRequest, ranks: RankPool) -> tuple[Workload, list[Observed]]:
     world_size, overrides = CASES[request.param]
     config = compose(settings(overrides), world_size)
-    return workload_of(config, overlap_gradients=False), ranks.run(observe, world_size, settings(overrides))
+    return workload_of(config), ranks.run(observe, world_size, settings(overrides))
 
 
 def test_bytes_of_every_collective_equal_those_counted(case):
