@@ -43,18 +43,32 @@ class ShardPlan:
     tensors: dict[str, tuple[int, ...]]
     """Name -> shape."""
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(shape) for shape in self.tensors.values()) * dtype.itemsize
+
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int) -> list[ShardPlan]:
-    """Deal tensors to files of at most `max_shard_size` bytes (a larger tensor gets a file of its own)."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    """Deal tensors to files of at most `max_shard_size` bytes; a larger tensor gets a file of its own.
+
+    The rule is that of huggingface_hub's `split_state_dict_into_shards_factory`: an oversized tensor does not end the
+    file that is being filled.
+    """
+    shards: list[dict[str, tuple[int, ...]]] = []
+    current: dict[str, tuple[int, ...]] = {}
     size = 0
     for name in sorted(shapes, key=_module_order):
         nbytes = math.prod(shapes[name]) * dtype.itemsize
-        if shards[-1] and size + nbytes > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shapes[name]
+        if nbytes > max_shard_size:
+            shards.append({name: shapes[name]})
+            continue
+        if size + nbytes > max_shard_size:
+            shards.append(current)
+            current, size = {}, 0
+        current[name] = shapes[name]
         size += nbytes
+    if current:
+        shards.append(current)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     return [ShardPlan(name, dict(sorted(tensors.items()))) for name, tensors in zip(names, shards, strict=True)]

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from megalong.config.schema import Config, ModelConfig, StageConfig
 from megalong.topology.layout import Layout
+
+logging.disable_progress_bar()
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
