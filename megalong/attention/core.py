@@ -65,8 +65,9 @@ class CoreAttention(MegatronModule):
         if config.apply_query_key_layer_scaling:
             self.scale /= self.layer_number
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
-        heads = config.num_query_groups // groups.tp.size()
-        check(self.attention, heads, groups.cp.size(), self.cp_comm_type)
+        self.heads = config.num_attention_heads // groups.tp.size()
+        self.kv_heads = config.num_query_groups // groups.tp.size()
+        check(self.attention, self.kv_heads, groups.cp.size(), self.cp_comm_type)
         self.algorithm = Algorithm(self.cp_comm_type, groups.cp, getattr(groups, "hcp", None) or _hierarchy())
 
     def forward(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from megalong.attention.merge import accumulation_dtype
+from megalong.attention.requirements import KERNELS
 from megalong.runtime.errors import ConfigError
 
 Cuts = tuple[int, ...] | None
@@ -137,9 +138,6 @@ class Reference:
         return scores
 
 
-NAMES = ("auto", "cpu_flash", "cuda_flash", "cudnn", "reference")
-
-
 def select(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, scale: float) -> Kernel:
     """The kernel called `name` in the configuration; `auto` chooses by device, dtype and head dim.
 
@@ -151,8 +149,8 @@ def select(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, s
     """
     from megalong.attention import kernels_cuda
 
-    if name not in NAMES:
-        raise ConfigError(f"attention.kernel={name} is unknown: choose one of {', '.join(NAMES)}.")
+    if name not in KERNELS:
+        raise ConfigError(f"attention.kernel={name} is unknown: choose one of {', '.join(KERNELS)}.")
     if name == "auto":
         name = "cuda_flash" if device.type == "cuda" else "cpu_flash"
     if name == "reference":

@@ -8,6 +8,7 @@ from megalong.config.schema import AttentionConfig
 from megalong.runtime.errors import ConfigError, LayoutError
 
 ALGORITHMS = ("p2p", "a2a", "a2a+p2p", "all_gather")
+KERNELS = ("auto", "cpu_flash", "cuda_flash", "cudnn", "reference")
 DOCUMENT_MASKS = ("none", "intra")
 GRAD_WIRE_DTYPES = ("fp32", "model")
 
@@ -26,6 +27,7 @@ def check(attention: AttentionConfig, kv_heads_per_tp: int, cp: int, cp_comm_typ
     """
     algorithm = cp_comm_type or attention.cp_comm_type
     _known("cp_comm_type", algorithm, ALGORITHMS)
+    _known("kernel", attention.kernel, KERNELS)
     _known("document_mask", attention.document_mask, DOCUMENT_MASKS)
     _known("grad_wire_dtype", attention.grad_wire_dtype, GRAD_WIRE_DTYPES)
     if algorithm == "a2a":

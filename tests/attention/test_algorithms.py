@@ -61,7 +61,9 @@ def problem(c: Case, size: int) -> tuple[list[torch.Tensor], tuple[int, ...] | N
     return full, documents, attention(*full, documents)
 
 
-def squared_errors(name: str, sizes: tuple[int, int] | None, cases: list[Case]) -> list[list[tuple[float, float]]]:
+def squared_errors(
+    name: str, sizes: tuple[int, int] | None, cases: list[Case], wire: torch.dtype | None
+) -> list[list[tuple[float, float]]]:
     """For each case and each of (out, dq, dk, dv): this rank's (squared error, squared norm of the right answer)."""
     n, r = dist.get_world_size(), dist.get_rank()
     attend = algorithm(name, sizes)
@@ -71,7 +73,7 @@ def squared_errors(name: str, sizes: tuple[int, int] | None, cases: list[Case]) 
         q, k, v, dout = (zigzag.shard(x, n, r) for x in full)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
         kernel = kernels.select(c.kernel, q.device, c.dtype, c.head_dim, 1 / math.sqrt(c.head_dim))
-        out = attend(q, k, v, documents, kernel, accumulation_dtype(c.dtype))
+        out = attend(q, k, v, documents, kernel, wire or accumulation_dtype(c.dtype))
         grads = torch.autograd.grad(out, (q, k, v), dout)
         assert all(g.dtype == c.dtype and torch.isfinite(g).all() for g in (out, *grads))
         found.append(
@@ -84,10 +86,15 @@ def squared_errors(name: str, sizes: tuple[int, int] | None, cases: list[Case]) 
 
 
 def relative_errors(
-    ranks: RankPool, size: int, name: str, sizes: tuple[int, int] | None, cases: list[Case]
+    ranks: RankPool,
+    size: int,
+    name: str,
+    sizes: tuple[int, int] | None,
+    cases: list[Case],
+    wire: torch.dtype | None = None,
 ) -> list[list[float]]:
     """Relative L2 error of the whole (out, dq, dk, dv), for each case."""
-    by_rank = torch.tensor(ranks.run(squared_errors, size, name, sizes, cases), dtype=torch.float64)
+    by_rank = torch.tensor(ranks.run(squared_errors, size, name, sizes, cases, wire), dtype=torch.float64)
     error, norm = by_rank.sum(0).unbind(-1)
     return (error / norm.clamp_min(1e-300)).sqrt().tolist()
 
@@ -135,3 +142,22 @@ def test_outputs_and_gradients_are_those_of_attention(
         for kernel in ("reference", "cpu_flash")
     ]
     assert max(max(e) for e in relative_errors(ranks, size, name, sizes, wide)) < 1e-14
+
+
+def test_bf16_error_does_not_grow_with_the_ring(ranks: RankPool) -> None:
+    for documents in (None, (0, 100, 130)):
+        case = Case(torch.bfloat16, 8, 2, 64, documents, length=512)
+        alone = relative_errors(ranks, 1, "p2p", None, [case])[0]
+        for name in ("p2p", "all_gather"):
+            for error, at_one in zip(relative_errors(ranks, 8, name, None, [case])[0], alone, strict=True):
+                assert error <= 1.3 * at_one
+
+
+def test_gradients_rounded_on_the_wire_lose_more_the_longer_the_ring(ranks: RankPool) -> None:
+    """Why `grad_wire_dtype` is fp32 unless asked: with a kernel exact in itself, only the wire differs."""
+    case = Case(torch.bfloat16, 8, 2, 64, None, length=512, kernel="reference")
+    at_2, at_8 = ({w: relative_errors(ranks, n, "p2p", None, [case], w)[0] for w in (None, case.dtype)} for n in (2, 8))
+    for gradient in (2, 3):  # dk, dv
+        assert at_8[None][gradient] < 1.1 * at_2[None][gradient]
+        assert at_8[case.dtype][gradient] > 1.3 * at_2[case.dtype][gradient]
+    assert at_8[case.dtype][1] == at_8[None][1], "dq does not travel"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -12,12 +12,14 @@ from megalong.runtime.errors import LayoutError
 from megalong.runtime.ranks import RankPool
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 9))
 def test_the_ranks_hold_every_position_once(cp: int, chunk: int) -> None:
     positions = torch.cat([zigzag.local_positions(2 * cp * chunk, cp, r) for r in range(cp)])
     assert positions.sort().values.tolist() == list(range(2 * cp * chunk))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 2))
 def test_unshard_inverts_shard_along_any_dimension(cp: int, chunk: int, dim: int) -> None:
     shape = [3, 2, 4]
