@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megalong.attention.core import CoreAttention
 from megalong.config.schema import Config, ModelConfig
 from megalong.model.rotary import LocalRotaryEmbedding
 from megalong.model.spec import block_spec
@@ -216,6 +217,15 @@ def build(config: Config) -> list[DistributedDataParallel]:
     if overlap:
         megatron_config.no_sync_func = wrapped.no_sync
     return [wrapped]
+
+
+def attention_of(model: list[DistributedDataParallel]) -> CoreAttention | None:
+    """The core attention of this rank's first layer; None where Transformer Engine computes it."""
+    module: Any = model[0]
+    while hasattr(module, "module"):
+        module = module.module
+    core = module.decoder.layers[0].self_attention.core_attention
+    return core if isinstance(core, CoreAttention) else None
 
 
 def parameter_count(model: ModelConfig) -> int:

@@ -28,8 +28,9 @@ def _work(connection: multiprocessing.connection.Connection, threads: int) -> No
     import torch
 
     torch.set_num_threads(threads)
-    from megalong.runtime import device
+    from megalong.runtime import console, device
 
+    console.quiet_libraries()
     device.install()
     while True:
         try:

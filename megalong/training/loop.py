@@ -6,12 +6,14 @@ Order: build, load or resume, canary, evaluate, train, save, evaluate. Everythin
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megalong.attention import canary, meters
 from megalong.checkpoint import pointer, store
 from megalong.checkpoint.hf import load_hf_into
 from megalong.checkpoint.info import HF_FILES, CheckpointInfo
@@ -20,9 +22,10 @@ from megalong.data.cursor import Cursor
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import training_batches
 from megalong.evaluation.results import StageEvaluation, evaluation_from
-from megalong.model.gpt import build
+from megalong.model.gpt import attention_of, build
 from megalong.model.llama import model_to_hf
 from megalong.recipe.compose import to_yaml
+from megalong.runtime import device
 from megalong.runtime.console import say
 from megalong.runtime.files import write_text
 from megalong.runtime.launch import together
@@ -87,6 +90,7 @@ class StageRun:
         if self.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.yaml", to_yaml(config))
+        self._canary()
         metrics = Metrics(self.run_dir, config, self.step, self.first)
         self._evaluate("before", metrics)
         batches = training_batches(
@@ -103,7 +107,8 @@ class StageRun:
         batch = config.train.global_batch_size or 1
         while self.step < total:
             begun = time.monotonic()
-            result = train_step(config, self.model, self.optimizer, batches, self.step)
+            with meters.recording() if config.attention.meters else nullcontext() as meter:
+                result = train_step(config, self.model, self.optimizer, batches, self.step)
             self.step += 1
             self.cursor = self.cursor.advance(batch)
             record = {
@@ -113,6 +118,7 @@ class StageRun:
                 "lr": result.lr,
                 "tokens": self.cursor.consumed_samples * config.stage.seq_length,
                 "valid_tokens": result.valid_tokens,
+                **(meter.summary() if meter else {}),
             }
             metrics.step(record, time.monotonic() - begun)
             every = config.checkpoint.save_steps
@@ -122,6 +128,12 @@ class StageRun:
             self._evaluate("after", metrics)
         self.save(metrics)
         metrics.close()
+
+    def _canary(self) -> None:
+        core = attention_of(self.model)
+        if core is not None:
+            canary.check(core, parallel_state.get_context_parallel_rank(), device.device())
+            say(f"canary: information crosses all {self.config.topology.cp} context-parallel ranks and nothing leaks")
 
     def save(self, metrics: Metrics) -> None:
         """Write a checkpoint of this step, unless it is there already, and remove the oldest ones."""

@@ -6,9 +6,9 @@ import pytest
 import transformers
 
 from megalong.runtime.ranks import RankPool
-from tests.training.parity import hf_model, masks, on_ranks, reference, relative, saved
+from megalong.training.verify import relative_distance
+from tests.training.parity import hf_model, on_ranks, reference, samples, saved
 
-KINDS = ["all", "random", "single", "one rank empty"]
 LAYOUTS = [
     # tp, cp, pp, dp
     (1, 1, 1, 1),
@@ -35,18 +35,32 @@ def sizes(tp: int, cp: int, pp: int, dp: int) -> list[str]:
 
 def check(ranks: RankPool, model: transformers.LlamaForCausalLM, folder: str, layout: tuple, *overrides: str) -> None:
     tp, cp, pp, dp = layout
-    found = ranks.run(on_ranks, tp * cp * pp * dp, folder, [*sizes(*layout), *overrides], KINDS)
-    for kind in KINDS:
-        loss, grads = reference(model, masks(cp, dp)[kind])
+    found = ranks.run(on_ranks, tp * cp * pp * dp, folder, [*sizes(*layout), *overrides])
+    for kind, batch in samples(cp, dp).items():
+        expected = reference(model, batch)
         for rank in found:
-            assert rank[kind][0] == pytest.approx(loss, rel=1e-5), kind
-        worst = {name: relative(found[0][kind][1][name], grad) for name, grad in grads.items()}
+            assert rank[kind].loss == pytest.approx(expected.loss, rel=1e-5), kind
+        gradients = found[0][kind].gradients
+        worst = {name: relative_distance(gradients[name], grad) for name, grad in expected.gradients.items()}
         assert max(worst.values()) <= 1e-4, (kind, {n: w for n, w in worst.items() if w > 1e-4})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x))
 def test_loss_and_gradients_are_transformers(ranks: RankPool, llama: tuple, layout: tuple) -> None:
     check(ranks, *llama, layout)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention.cp_comm_type=a2a"],
+        ["attention.cp_comm_type=all_gather"],
+        ["attention.cp_comm_type=a2a+p2p", "attention.hierarchical_context_parallel_sizes=[2,2]"],
+    ],
+    ids=["a2a", "all_gather", "a2a+p2p"],
+)
+def test_every_way_to_move_keys_gives_the_same(ranks: RankPool, llama: tuple, overrides: list[str]) -> None:
+    check(ranks, *llama, (1, 4, 1, 1), *overrides)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
