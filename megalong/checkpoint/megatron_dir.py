@@ -74,6 +74,7 @@ class MegatronDirectory:
         self._handles: dict[str, int] = {}
         self._scratch = np.empty(_READ, dtype=np.uint8)
         metadata = _read_metadata(folder)
+        self._check_files(metadata.storage_data or {})
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and key.startswith(_MODEL_KEYS):
                 self._add(key, stored, metadata.storage_data or {})
@@ -162,7 +163,7 @@ class MegatronDirectory:
         self.tensors[key] = (shape, stored.properties.dtype)
         by_layer: dict[int, list[_Chunk]] = {}
         covered = 0
-        places = {tuple(i.offset): place for i, place in storage.get(key, ())}
+        places = {tuple(i.offset): place for i, place in storage.get(key, ()) if i.offset is not None}
         for chunk in stored.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             place = places.get(offsets)
@@ -174,22 +175,28 @@ class MegatronDirectory:
                 raise CheckpointError(f"{self.folder}: {key} is not cut between layers, which no megatron-core writes.")
             found = _Chunk(offsets, sizes, place.relative_path, place.offset, place.length)
             by_layer.setdefault(offsets[0] if stacked else 0, []).append(found)
-            self._check_place(key, found)
         if covered != math.prod(shape):
             raise CheckpointError(
                 f"{self.folder}: the parts of {key} have {covered} values, the tensor {math.prod(shape)}: not whole."
             )
         self._chunks[key] = by_layer
 
-    def _check_place(self, key: str, chunk: _Chunk) -> None:
-        file = self.folder / chunk.file
-        if Path(chunk.file).name != chunk.file or not file.is_file():
-            raise CheckpointError(f"{file} is missing, which holds part of {key}.")
-        if file.stat().st_size < chunk.start + chunk.length:
-            raise CheckpointError(
-                f"{file} is cut short: {file.stat().st_size} bytes, but part of {key} ends at "
-                f"{chunk.start + chunk.length}."
-            )
+    def _check_files(self, storage: dict[str, list[tuple[Any, Any]]]) -> None:
+        """Every file that the metadata names is there, in full."""
+        ends: dict[str, tuple[int, str]] = {}
+        for key, places in storage.items():
+            for _, place in places:
+                name = place.relative_path
+                ends[name] = max(ends.get(name, (0, key)), (place.offset + place.length, key))
+        for name, (end, key) in sorted(ends.items()):
+            file = self.folder / name
+            if Path(name).name != name or not file.is_file():
+                raise CheckpointError(f"{file} is missing, which holds part of {key}.")
+            if file.stat().st_size < end:
+                raise CheckpointError(
+                    f"{file} is cut short: {file.stat().st_size} bytes, but part of {key} ends at {end}."
+                )
+            self.sums.check(name, contents=False)
 
     def _record(self, key: str, chunk: _Chunk) -> Record:
         record = self._records.get(chunk)
@@ -272,8 +279,7 @@ def _read_metadata(folder: Path) -> Metadata:
             raise TypeError(f"it holds a {type(metadata).__name__}")
         by_key: dict[str, list[tuple[Any, Any]]] = {}
         for index, place in (metadata.storage_data or {}).items():
-            if index.offset is not None:
-                by_key.setdefault(index.fqn, []).append((index, place))
+            by_key.setdefault(index.fqn, []).append((index, place))
         metadata.storage_data = by_key
         return metadata
     except FileNotFoundError as error:

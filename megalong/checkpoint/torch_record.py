@@ -163,7 +163,9 @@ def find_record(read: Callable[[int, int], bytes], offset: int, length: int) -> 
     data = offset + member.header_offset + 30 + name_length + extra_length
     itemsize = storage.dtype.itemsize
     nbytes = math.prod(shape) * itemsize
-    if start != 0 or tuple(stride) != _contiguous(shape) or member.file_size != nbytes:
+    strides = zip(shape, stride, _contiguous(shape), strict=True)
+    is_contiguous = all(found == expected for size, found, expected in strides if size != 1)
+    if start != 0 or not is_contiguous or member.file_size != nbytes:
         raise CheckpointError(f"the record at byte {offset} does not hold one contiguous tensor of shape {list(shape)}")
     if header[:4] != b"PK\x03\x04" or data + nbytes > offset + length:
         raise CheckpointError(f"the record at byte {offset} is damaged: its data lies outside of it")
