@@ -13,9 +13,9 @@ SETTINGS = [
     "+scale=mini",
     "scale.window=32",
     "train.global_batch_size=2",
-    "model.num_hidden_layers=4",
+    "model.num_hidden_layers=2",
     "model.vocab_size=1024",
-    "train.loss_chunk=256",
+    "train.loss_chunk=512",
 ]
 TOLERANCE = 0.05
 

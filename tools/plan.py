@@ -1,0 +1,132 @@
+"""Know memory, wires and hours before a GPU is booked: no GPU, no process group, an answer in seconds.
+
+  python tools/plan.py +stage=1048k [cluster=l40s-64x8] [topology.cp=32] [train.recompute=full] ...
+      output=json         everything as one JSON object, nothing else on stdout
+      alternatives=10     the best layouts for the same devices, side by side
+      picture=plan.png    rings over nodes, memory and time as bars
+      gpus=64             devices to use; default: as many as the stage's layout
+      order=cyclic        ranks dealt to nodes round robin instead of in blocks (to see what it costs)
+  python tools/plan.py recipe [output=json]
+      the four stages beside the model card's minutes
+  torchrun --nproc-per-node N tools/plan.py calibrate name=mine [gpus_per_node=N] [file=conf/cluster/mine.yaml]
+      measures this machine and writes a cluster file
+
+Exit codes: 0 it fits, 2 it does not (or the settings are wrong; megalong/runtime/errors.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megalong.runtime.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, UserError
+
+OWN = {"output": ("text", "json"), "order": ("block", "cyclic")}
+NUMBERS = ("alternatives", "gpus")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of the commands.
+
+    Returns:
+        exit code.
+    """
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return EXIT_OK
+    if arguments[0] == "calibrate":
+        from megalong.planning.calibrate import main as calibrate
+
+        return calibrate(arguments[1:])
+    own, overrides = _own_options(arguments)
+    if overrides and overrides[0] == "recipe":
+        return _recipe(own, overrides[1:])
+    return _plan(own, overrides)
+
+
+def _own_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Options of this tool, and what remains for the configuration.
+
+    Raises:
+        ConfigError: an option has no such value.
+    """
+    own, rest = {"output": "text", "order": "block"}, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in (*OWN, *NUMBERS, "picture"):
+            if key in OWN and value not in OWN[key]:
+                raise ConfigError(f"{argument}: choose {key}={' or '.join(OWN[key])}.")
+            if key in NUMBERS and not value.isdigit():
+                raise ConfigError(f"{argument}: {key} is a whole number.")
+            own[key] = value
+        else:
+            rest.append(argument)
+    return own, rest
+
+
+def _plan(own: dict[str, str], overrides: list[str]) -> int:
+    from megalong.planning.choose import advice, candidates, ranking
+    from megalong.planning.plan import as_json, make_plan
+    from megalong.planning.report import alternatives_table, report
+    from megalong.planning.workload import workload_of
+    from megalong.recipe.compose import compose
+    from megalong.topology.placement import cyclic_order
+
+    config = compose(overrides, int(own["gpus"]) if "gpus" in own else None)
+    work, cluster = workload_of(config), config.cluster
+    slots = cyclic_order(work.layout.world_size, int(cluster.gpus_per_node.value)) if own["order"] == "cyclic" else None
+    plan = make_plan(work, cluster, slots)
+    others = []
+    if int(own.get("alternatives", 0)):
+        others = ranking(list(candidates(work, cluster, work.layout.world_size)))[: int(own["alternatives"])]
+    title = f"stage {config.stage.name}, {config.model.name}"
+    if "picture" in own:
+        from megalong.planning.picture import draw
+
+        draw(plan, title, Path(own["picture"]))
+    if own["output"] == "json":
+        found = {"stage": config.stage.name, "model": config.model.name, "theta": config.stage.theta, **as_json(plan)}
+        found["alternatives"] = [_alternative(p) for p in others]
+        found["advice"] = None if plan.fits else advice(plan)
+        print(json.dumps(found))
+    else:
+        print(report(plan, title))
+        if others:
+            print(f"\nbest layouts of {work.layout.world_size} devices\n" + alternatives_table(others))
+        if "picture" in own:
+            print(f"\npicture: {own['picture']}")
+        if not plan.fits:
+            print(f"\n{plan.work.layout} does not fit. {advice(plan)}")
+    return EXIT_OK if plan.fits else EXIT_USER_ERROR
+
+
+def _alternative(plan) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    from dataclasses import asdict
+
+    return {
+        "layout": asdict(plan.work.layout),
+        "fits": plan.fits,
+        "step_total_s": plan.step_s,
+        "memory_total_gib": plan.memory.total / 2**30,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+        "mfu": plan.mfu,
+    }
+
+
+def _recipe(own: dict[str, str], overrides: list[str]) -> int:
+    from megalong.planning.recipe import as_json, recipe_rows, table
+
+    rows = recipe_rows(overrides)
+    print(json.dumps(as_json(rows)) if own["output"] == "json" else table(rows))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"\nplan: {error}\n", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
