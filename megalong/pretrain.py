@@ -64,8 +64,7 @@ def main(process: launch.Process) -> int:
     )
     for line in announcements:
         console.say(line)
-    StageRun(config, start, train, held_out).run()
-    return 0
+    return StageRun(config, start, train, held_out).run()
 
 
 if __name__ == "__main__":

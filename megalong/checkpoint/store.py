@@ -24,7 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megalong.checkpoint import pointer
-from megalong.checkpoint.info import HF_FILES, CheckpointInfo, write_info
+from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
 
@@ -78,8 +78,8 @@ def save(
     if first:
         write_text(partial / "config.yaml", config_yaml)
         write_info(partial, info)
-        if carried is not None and carried.is_dir():
-            shutil.copytree(carried, partial / HF_FILES)
+        if carried is not None:
+            carry_files(carried, partial / HF_FILES)
         commit_folder(partial, target)
         pointer.point_to(root, target)
     dist.barrier()

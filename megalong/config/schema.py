@@ -174,6 +174,8 @@ class TrainConfig:
     """Sequences per optimizer step. None: the stage's."""
     recompute: str = "full"
     """Activation recompute: none, selective (attention only), full (every layer)."""
+    non_finite: str = "skip"
+    """What a loss or gradient that is not finite does: skip (leave the step out and count it) or stop (exit code 2)."""
     loss_chunk: int = 1024
     """Local tokens whose logits exist at one time; 0: all at once."""
 

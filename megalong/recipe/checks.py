@@ -16,6 +16,7 @@ CHOICES = {
     "attention.grad_wire_dtype": ("fp32", "model"),
     "data.loader": ("memmap", "dali"),
     "train.recompute": ("none", "selective", "full"),
+    "train.non_finite": ("skip", "stop"),
 }
 
 

@@ -6,6 +6,7 @@ Order: build, load or resume, canary, evaluate, train, save, evaluate. Everythin
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,17 +21,20 @@ from megalong.checkpoint.info import HF_FILES, CheckpointInfo
 from megalong.config.schema import Config
 from megalong.data.cursor import Cursor
 from megalong.data.dataset import SequenceDataset
-from megalong.data.loader import training_batches
+from megalong.data.loader import MicroBatch, training_batches
 from megalong.evaluation.results import StageEvaluation, evaluation_from
 from megalong.model.gpt import attention_of, build
 from megalong.model.llama import model_to_hf
 from megalong.recipe.compose import to_yaml
 from megalong.runtime import device
-from megalong.runtime.console import say
+from megalong.runtime.console import say, warn
+from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL
 from megalong.runtime.files import write_text
 from megalong.runtime.launch import together
 from megalong.training.evaluate import evaluate
+from megalong.training.finite import GradientWatch, NonFiniteError
 from megalong.training.metrics import Metrics
+from megalong.training.signals import StopRequest
 from megalong.training.start import Start
 from megalong.training.step import build_optimizer, train_step
 
@@ -52,7 +56,8 @@ class StageRun:
         self.root = self.run_dir / "checkpoints"
         self.first = dist.get_rank() == 0
         self.model = build(config)
-        self.step = 0
+        self.watch = GradientWatch(self.model)
+        self.step = self.skipped = 0
         self.cursor = Cursor.at_start(train)
         self.evaluation: StageEvaluation | None = None
         self.carried_config = start.hf_config
@@ -76,24 +81,51 @@ class StageRun:
             folder = start.path
             together(lambda: store.verify_checksums(folder))
             state = store.load_run(folder, self.model, self.optimizer)
-            self.step = state["step"]
+            self.step, self.skipped = state["step"], state["skipped"]
             self.cursor = Cursor.from_state_dict(state["cursor"])
             self.evaluation = evaluation_from(state["evaluation"]) if state["evaluation"] else None
 
-    def run(self) -> None:
-        """Train to the last step, saving on the way."""
+    def run(self) -> int:
+        """Train to the last step, saving on the way.
+
+        Returns:
+            exit code: done, or stopped by a signal and saved.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite and `train.non_finite=stop`.
+        """
         config = self.config
         total = config.train.stop_after or config.train.steps or 0
         if self.step >= total:
             say(f"nothing left to do: step {self.step} of {total} is saved in {self.root}")
-            return
+            return EXIT_OK
+        stop = StopRequest()
+        self._canary()
         if self.first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.yaml", to_yaml(config))
-        self._canary()
         metrics = Metrics(self.run_dir, config, self.step, self.first)
         self._evaluate("before", metrics)
-        batches = training_batches(
+        batches = self._batches()
+        while self.step < total:
+            self._train_one(batches, metrics)
+            if stop.agreed():
+                self.save(metrics)
+                metrics.close()
+                say(f"stopped by a signal after step {self.step}; start again to go on")
+                return EXIT_SAVED_ON_SIGNAL
+            every = config.checkpoint.save_steps
+            if every and self.step % every == 0 and self.step < total:
+                self.save(metrics)
+        if self.step >= (config.train.steps or 0):
+            self._evaluate("after", metrics)
+        self.save(metrics)
+        metrics.close()
+        return EXIT_OK
+
+    def _batches(self) -> Iterator[MicroBatch]:
+        config = self.config
+        return training_batches(
             self.train_data,
             cursor=self.cursor,
             seed=config.seed,
@@ -104,30 +136,40 @@ class StageRun:
             document_mask=config.attention.document_mask,
             loader=config.data.loader,
         )
-        batch = config.train.global_batch_size or 1
-        while self.step < total:
-            begun = time.monotonic()
-            with meters.recording() if config.attention.meters else nullcontext() as meter:
-                result = train_step(config, self.model, self.optimizer, batches, self.step)
-            self.step += 1
-            self.cursor = self.cursor.advance(batch)
-            record = {
-                "step": self.step,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr": result.lr,
-                "tokens": self.cursor.consumed_samples * config.stage.seq_length,
-                "valid_tokens": result.valid_tokens,
-                **(meter.summary() if meter else {}),
-            }
-            metrics.step(record, time.monotonic() - begun)
-            every = config.checkpoint.save_steps
-            if every and self.step % every == 0 and self.step < total:
-                self.save(metrics)
-        if self.step >= (config.train.steps or 0):
-            self._evaluate("after", metrics)
-        self.save(metrics)
-        metrics.close()
+
+    def _train_one(self, batches: Iterator[MicroBatch], metrics: Metrics) -> None:
+        config = self.config
+        begun = time.monotonic()
+        with meters.recording() if config.attention.meters else nullcontext() as meter:
+            result = train_step(config, self.model, self.optimizer, batches, self.step)
+        if not result.updated:
+            self._not_finite(result.loss, result.grad_norm)
+        self.step += 1
+        self.cursor = self.cursor.advance(config.train.global_batch_size or 1)
+        record = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": self.cursor.consumed_samples * config.stage.seq_length,
+            "valid_tokens": result.valid_tokens,
+            "skipped_steps": self.skipped,
+            **(meter.summary() if meter else {}),
+        }
+        metrics.step(record, time.monotonic() - begun)
+
+    def _not_finite(self, loss: float, grad_norm: float) -> None:
+        first = self.cursor.consumed_samples
+        last = first + (self.config.train.global_batch_size or 1) - 1
+        ranks = self.watch.culprits()
+        what = (
+            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; not finite on rank "
+            f"{', '.join(map(str, ranks)) or '(none alone)'}, samples {first} to {last}"
+        )
+        if self.config.train.non_finite == "stop":
+            raise NonFiniteError(f"{what}. Nothing of this step was kept; the last checkpoint is good.")
+        self.skipped += 1
+        warn(f"{what}. The step is left out ({self.skipped} so far).")
 
     def _canary(self) -> None:
         core = attention_of(self.model)
@@ -147,6 +189,7 @@ class StageRun:
             optimizer=self.optimizer,
             state={
                 "cursor": self.cursor.state_dict(),
+                "skipped": self.skipped,
                 "evaluation": asdict(self.evaluation) if self.evaluation else None,
             },
             info=self._info(),

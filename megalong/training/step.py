@@ -6,6 +6,7 @@ The loss is a sum over valid tokens; gradients are divided once by the global nu
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class StepResult:
     """Global L2 norm before clipping."""
     lr: float
     updated: bool
-    """False when megatron skipped the update (a non-finite gradient)."""
+    """False when the update was left out because loss or gradient were not finite."""
 
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -94,8 +96,28 @@ def train_step(
     optimizer.zero_grad()
     micro_batches = config.train.global_batch_size // (config.topology.dp or 1)
     loss, tokens = forward_backward(config, model, batches, micro_batches)
-    updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss, tokens, float(grad_norm or 0.0), lr, bool(updated))
+    grad_norm, updated = _update(optimizer, loss)
+    return StepResult(loss, tokens, grad_norm, lr, updated)
+
+
+def _update(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:
+    """megatron's `optimizer.step()` in its own parts, with one decision more: a loss or gradient norm that is not
+    finite leaves weights and moments as if the step had never been. Both are the same number on every rank.
+
+    Returns:
+        gradient norm, and whether the weights were updated.
+    """
+    with torch.no_grad():
+        overflow = optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        if overflow or not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return grad_norm, False
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if part.config.clip_grad > 0 and part.get_parameters():
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(), max_norm=part.config.clip_grad, total_norm=grad_norm
+                )
+        return grad_norm, bool(optimizer.step_with_ready_grads())
 
 
 def _seed(seed: int, step: int) -> None:
