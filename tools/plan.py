@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return EXIT_OK
     if arguments[0] == "calibrate":
-        from megalong.planning.calibrate import main as calibrate
+        from tools.calibrate import main as calibrate
 
         return calibrate(arguments[1:])
     own, overrides = _own_options(arguments)

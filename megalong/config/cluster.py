@@ -8,6 +8,7 @@ Every number is a `Fact`: its value, whether it is a data-sheet value (`spec`), 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from megalong.runtime.errors import ConfigError
 
@@ -87,6 +88,8 @@ class ClusterConfig:
     """Start of a transfer inside a node, microseconds."""
     network_latency_us: Fact = _unknown(20)
     """Start of a transfer between nodes, microseconds."""
+    reduce_scatter_cost: Fact = _unknown(1)
+    """Time of a reduce-scatter relative to an all-gather of the same tensor (gloo sums in an all-reduce: 2)."""
     host_device_gbs: Fact = _unknown(10)
     """Between host and device memory."""
 
@@ -115,3 +118,20 @@ class ClusterConfig:
     def facts(self) -> dict[str, Fact]:
         """All facts by name."""
         return {f.name: fact for f in fields(self) if isinstance(fact := getattr(self, f.name), Fact)}
+
+
+def load_cluster(path: str | Path) -> ClusterConfig:
+    """A cluster file outside conf/cluster, such as one that `tools/plan.py calibrate` wrote.
+
+    Raises:
+        ConfigError: the file is not one, or holds what a cluster file does not know.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        found: object = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is no cluster file: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(found, ClusterConfig)
+    return found

@@ -151,7 +151,7 @@ def _reduction_seconds(work: Workload, placement: Placement, backward: float) ->
         return 0.0
     wire = slowest(placement, groups(layout, "cp", "dp"), reorder=True)
     numel = buffer_of(rank_parameters(work.model, layout.tp, layout.pp, 0), n).numel
-    scatter = wire.seconds(part(4 * numel, n), n - 1)
+    scatter = wire.seconds(part(4 * numel, n), n - 1) * placement.cluster.reduce_scatter_cost.value
     gather = wire.seconds(part(work.element_bytes * numel, n), n - 1)
     if work.overlap_gradients:
         scatter = max(scatter - backward, scatter * 0.05)  # the last bucket has nothing left to hide behind

@@ -45,13 +45,14 @@ def memory_plan(work: Workload, cluster: ClusterConfig) -> MemoryPlan:
     worst = max((_terms(work, stage, cluster) for stage in stages), key=lambda found: sum(found[1].values()))
     stage, terms = worst
     per_node = min(int(cluster.gpus_per_node.value), work.layout.world_size)
-    # a synchronous save stages the rank's optimizer shard, and its weights, in host memory
+    # a synchronous save stages the rank's optimizer shard, and its weights, in host memory; CPU ranks live there
     staged = terms["weights"] + terms["optimizer shard"]
+    host = staged + (HOST_PROCESS_BYTES if work.device == "cuda" else sum(terms.values()))
     return MemoryPlan(
         rank_stage=stage,
         terms=terms,
         capacity=int(cluster.memory_gib.value * GIB),
-        host_per_node=per_node * (HOST_PROCESS_BYTES + staged),
+        host_per_node=per_node * host,
         host_capacity=int(cluster.host_memory_gib.value * GIB),
     )
 

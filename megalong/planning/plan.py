@@ -91,10 +91,8 @@ class Plan:
         text = f"{name.replace('_', ' ')} ({terms[name] / self.step_s:.0%} of the step)"
         worst = max(self.ring, key=lambda row: row.exposed_ms, default=None)
         if worst and worst.exposed_ms > 0:
-            text += (
-                f"; ring waits on {worst.edge} hops, which need {worst.needed_gbs:.1f} GB/s and have "
-                f"{worst.available_gbs:.1f}"
-            )
+            rate = f"{worst.available_gbs:.2g} GB/s"
+            text += f"; the ring waits {worst.exposed_ms:.2f} ms for each {worst.edge} hop at {rate}"
         return text
 
     @property

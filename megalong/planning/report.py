@@ -8,6 +8,7 @@ from dataclasses import asdict
 from megalong.config.cluster import ClusterConfig
 from megalong.planning.memory import GIB
 from megalong.planning.plan import Plan
+from megalong.planning.ringmap import RingRow
 from megalong.topology.placement import groups
 from megalong.topology.valid import as_overrides
 
@@ -60,7 +61,7 @@ def _ring(plan: Plan) -> str:
     if plan.ring:
         lines.append("  direction  hop      hops   MB/hop  GB/s needed  GB/s there  hop ms  hidden ms  exposed ms")
         lines += [
-            f"  {row.direction:<10} {row.edge:<6} {row.hops:>6} {row.bytes_per_hop / 1e6:>8.2f} {row.needed_gbs:>12.2f} "
+            f"  {row.direction:<10} {row.edge:<6} {row.hops:>6} {row.bytes_per_hop / 1e6:>8.2f} {_needed(row):>12} "
             f"{row.available_gbs:>11.2f} {row.hop_ms:>7.2f} {row.hidden_ms:>10.2f} {row.exposed_ms:>11.2f}"
             for row in plan.ring
         ]
@@ -71,6 +72,10 @@ def _ring(plan: Plan) -> str:
         f"{backward.travel * 1e3:.1f}, {backward.exposed * 1e3:.1f}"
     )
     return "\n".join(lines)
+
+
+def _needed(row: RingRow) -> str:
+    return f"{row.needed_gbs:.2f}" if row.needed_gbs < 1e4 else "any exposed"
 
 
 def _path(plan: Plan, ring: Sequence[int]) -> str:
@@ -98,7 +103,7 @@ def _time(plan: Plan) -> str:
     lines += [
         f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU (whole steps), MFU {plan.mfu:.1%} (model FLOPs: causal "
         f"half, no recompute), HFU {plan.hfu:.1%} (executed)",
-        f"stage: {plan.wall_s / 60:,.0f} minutes with {plan.work.checkpoints} checkpoints of {plan.checkpoint_s:.0f} s, "
+        f"stage: {plan.wall_s / 60:,.0f} minutes with {plan.work.checkpoints} saves of {plan.checkpoint_s:.0f} s, "
         f"{plan.gpu_hours:,.0f} GPU hours, {plan.kwh:,.0f} kWh at full power",
         f"collective timeout {plan.collective_timeout_s} s, signal {plan.signal_lead_s} s before the end of the job",
     ]

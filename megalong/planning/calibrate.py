@@ -1,0 +1,293 @@
+"""What can this machine really do? Measures it with the shapes of a run and turns the results into cluster facts.
+
+All ranks measure at the same time, as they will train: ranks that share cores, memory or wires share them here too.
+Collective: every rank calls every function; results are the slowest rank's, the same on all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalong.attention import kernels
+from megalong.config.cluster import ClusterConfig, Fact
+from megalong.model.norm import RMSNorm
+from megalong.planning.elementwise import GATED_FORWARD, NORM_FORWARD
+from megalong.planning.workload import Workload
+from megalong.runtime import device
+
+SIZES = (4096, 65536, 524288, 2097152)  # messages, bytes; more on CUDA
+
+
+@dataclass(frozen=True)
+class Line:
+    """A transfer takes `latency_s + bytes / bytes_per_second`."""
+
+    latency_s: float
+    bytes_per_second: float
+
+
+def slowest_seconds(fn: Callable[[], Any], repeat: int = 5) -> float:
+    """Median time of `fn` on the slowest rank, after one warm-up."""
+    fn()
+    device.synchronize()
+    found = []
+    for _ in range(repeat):
+        dist.barrier()
+        begun = time.perf_counter()
+        fn()
+        device.synchronize()
+        found.append(time.perf_counter() - begun)
+    worst = torch.tensor([sorted(found)[len(found) // 2]], dtype=torch.float64, device=device.device())
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return float(worst)
+
+
+def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    # random bits, not constants: power, and with it the clock of a GPU, depends on the data
+    return torch.randn(*shape, device=device.device()).to(dtype)
+
+
+def matmul_flops(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """FLOP/s of one matrix product [rows, inner] x [inner, columns]."""
+    a, b = _random(rows, inner, dtype=dtype), _random(columns, inner, dtype=dtype)
+    return 2 * rows * inner * columns / slowest_seconds(lambda: a @ b.t())
+
+
+def training_matmul_flops(work: Workload, dtype: torch.dtype) -> float:
+    """FLOP/s over the four linears of a layer, forward, input gradient and weight gradient, weighted by their work."""
+    model, tp, S = work.model, work.layout.tp, work.local_tokens
+    width = model.num_attention_heads * model.head_dim // tp
+    kv = model.num_key_value_heads * model.head_dim // tp
+    f = model.intermediate_size // tp
+    h = model.hidden_size
+    shapes = [(h, width + 2 * kv), (width, h), (h, 2 * f), (f, h)]
+    tensors = [(_random(S, k, dtype=dtype), _random(n, k, dtype=dtype), _random(S, n, dtype=dtype)) for k, n in shapes]
+
+    def one_layer() -> None:
+        for x, w, g in tensors:
+            torch.matmul(x, w.t())
+            torch.matmul(g, w)
+            torch.matmul(g.t(), x)
+
+    return 3 * 2 * S * sum(k * n for k, n in shapes) / slowest_seconds(one_layer)
+
+
+def attention_flops(work: Workload, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of the run's kernel, forward and backward, on a causal tile of the local tokens (visible pairs count)."""
+    shard = work.shard
+    S, D = shard.tokens, shard.head_dim
+    kernel = kernels.select("auto", device.device(), dtype, D, D**-0.5)
+    q, dout = (_random(1, S, shard.heads, D, dtype=dtype).transpose(1, 2) for _ in range(2))
+    k, v = (_random(1, S, shard.kv_heads, D, dtype=dtype).transpose(1, 2) for _ in range(2))
+    out, lse = kernel.forward(q, k, v, True)
+    flops = 4 * shard.heads * D * S * (S + 1) / 2
+    forward = slowest_seconds(lambda: kernel.forward(q, k, v, True))
+    backward = slowest_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, True))
+    return flops / forward, 2.5 * flops / backward
+
+
+def copy_bytes_per_second(size: int) -> float:
+    """Bytes read and written per second by a copy inside device memory."""
+    a = _random(size // 4, dtype=torch.float32)
+    b = torch.empty_like(a)
+    return 2 * size / slowest_seconds(lambda: b.copy_(a))
+
+
+def elementwise_bytes_per_second(work: Workload, dtype: torch.dtype) -> float:
+    """Bytes per second of the layer's own norm and gating, counted as `planning.elementwise` counts them."""
+    from types import SimpleNamespace
+
+    model, S = work.model, work.local_tokens
+    config: Any = SimpleNamespace(params_dtype=dtype, sequence_parallel=False)
+    norm = RMSNorm(config, model.hidden_size).to(device.device())
+    f = model.intermediate_size // work.layout.tp
+    x, gated = _random(S, model.hidden_size, dtype=dtype), _random(S, 2 * f, dtype=dtype)
+
+    @torch.no_grad()
+    def layer() -> None:
+        norm(x)
+        gate, up = gated.chunk(2, -1)
+        torch.nn.functional.silu(gate) * (up + 0.0)
+
+    wide = 1.0 if dtype == torch.bfloat16 else 1.5
+    counted = wide * (NORM_FORWARD * x.numel() + GATED_FORWARD * S * f)
+    return counted / slowest_seconds(layer)
+
+
+def host_device_bytes_per_second(size: int) -> float:
+    """Bytes per second from pinned host memory to the device (a memory copy on the CPU)."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.on_cuda())
+    there = torch.empty(size, dtype=torch.uint8, device=device.device())
+    return size / slowest_seconds(lambda: there.copy_(host, non_blocking=True))
+
+
+def hop(partner_of: Callable[[int], int | None]) -> Line:
+    """Time of exchanging one message with a partner, in both directions at once, by size.
+
+    Args:
+        partner_of: rank -> the rank it exchanges with, or None if it only waits. All pairs run at the same time.
+    """
+    partner = partner_of(dist.get_rank())
+    seconds = []
+    sizes = [size * (16 if device.on_cuda() else 1) for size in SIZES]
+    for size in sizes:
+        out = torch.zeros(size, dtype=torch.uint8, device=device.device())
+        back = torch.empty_like(out)
+
+        def exchange(out: torch.Tensor = out, back: torch.Tensor = back) -> None:
+            if partner is not None:
+                ops = [dist.P2POp(dist.isend, out, partner), dist.P2POp(dist.irecv, back, partner)]
+                for work in dist.batch_isend_irecv(ops):
+                    work.wait()
+
+        seconds.append(slowest_seconds(exchange, repeat=3))
+    return fit_line(sizes, seconds)
+
+
+def fit_line(sizes: list[int], seconds: list[float]) -> Line:
+    """Latency from the smallest message, bandwidth from the two largest."""
+    rate = (sizes[-1] - sizes[-2]) / max(seconds[-1] - seconds[-2], 1e-12)
+    return Line(max(seconds[0] - sizes[0] / rate, 0.0), rate)
+
+
+def reduce_scatter_cost(size: int) -> float:
+    """Time of a reduce-scatter over all ranks, relative to an all-gather of the same tensor."""
+    n = dist.get_world_size()
+    if n == 1:
+        return 1.0
+    whole = torch.zeros(size // 4 // n * n, device=device.device())
+    part = torch.zeros(whole.numel() // n, device=device.device())
+    gather = slowest_seconds(lambda: dist.all_gather_into_tensor(whole, part), repeat=3)
+    scatter = slowest_seconds(lambda: dist.reduce_scatter_tensor(part, whole), repeat=3)
+    return scatter / gather
+
+
+def storage_bytes_per_second(folder: Path, size: int = 2**26) -> float:
+    """Bytes per second at which all ranks together write and sync files in `folder`."""
+    import os
+
+    path = folder / f".calibrate-{dist.get_rank()}"
+    data = os.urandom(size)
+
+    def write() -> None:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    seconds = slowest_seconds(write, repeat=1)
+    path.unlink()
+    return size * dist.get_world_size() / seconds
+
+
+def measure(base: ClusterConfig, work: Workload, gpus_per_node: int, folder: Path) -> ClusterConfig:
+    """Cluster facts of the machine this runs on, measured with the shapes of `work`.
+
+    Args:
+        base: facts that cannot be measured here (power, memory reserve) are taken from it.
+        work: the run whose local shapes are measured.
+        gpus_per_node: ranks of one node; they are consecutive.
+        folder: where checkpoints will be written.
+
+    Returns:
+        `base` with every fact that could be measured replaced.
+    """
+    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
+    world = dist.get_world_size()
+    nodes = world // gpus_per_node
+    large = 8192 if device.on_cuda() else 1024
+    peaks = {d: matmul_flops(large, large, large, d) for d in (torch.bfloat16, torch.float32)}
+    linear = training_matmul_flops(work, dtype)
+    forward, backward = attention_flops(work, dtype)
+    # CPU kernels may beat a plain matrix product: the peak is the best that was seen
+    peaks[dtype] = max(peaks[dtype], linear, forward, backward)
+    stream = copy_bytes_per_second(2**30 if device.on_cuda() else 2**26)
+    element = elementwise_bytes_per_second(work, dtype)
+    here = f"{world} ranks, {device_name()}"
+
+    def measured(value: float, how: str) -> Fact:
+        return Fact(float(f"{value:.4g}"), "measured", f"{how}; {here}")
+
+    found: dict[str, Fact] = {
+        "nodes": measured(nodes, "as started"),
+        "gpus_per_node": measured(gpus_per_node, "as started"),
+        "gpus_per_pair": measured(1, "pairs are not told apart"),
+        "nodes_per_leaf": measured(nodes, "leaf switches are not told apart"),
+        "peak_bf16_tflops": measured(peaks[torch.bfloat16] / 1e12, f"best product, {large} cubed or training shapes"),
+        "peak_fp32_tflops": measured(peaks[torch.float32] / 1e12, f"best product, {large} cubed or training shapes"),
+        "gemm_efficiency": measured(linear / peaks[dtype], f"linears of a layer at {work.local_tokens} tokens"),
+        "attention_forward_efficiency": measured(forward / peaks[dtype], f"causal tile of {work.local_tokens} tokens"),
+        "attention_backward_efficiency": measured(
+            backward / peaks[dtype], f"causal tile of {work.local_tokens} tokens"
+        ),
+        "memory_gbs": measured(stream / 1e9, "copy, bytes read and written"),
+        "memory_efficiency": measured(element / stream, "norm and gating of a layer, counted bytes"),
+        "host_device_gbs": measured(host_device_bytes_per_second(2**26) / 1e9, "pinned copy"),
+        "storage_gbs": measured(storage_bytes_per_second(folder) / 1e9, "64 MiB per rank, synced"),
+        "spine_share": measured(1, "no spine told apart"),
+        **_wires(gpus_per_node, nodes, measured),
+    }
+    if device.on_cuda():
+        total = torch.cuda.get_device_properties(0).total_memory
+        found["memory_gib"] = measured(total / 2**30, "as CUDA reports it")
+    return replace(
+        base, gpu=device_name(), device=device.device().type, **{k: v for k, v in found.items() if k in _names()}
+    )
+
+
+def _wires(gpus_per_node: int, nodes: int, measured: Callable[[float, str], Fact]) -> dict[str, Fact]:
+    found: dict[str, Fact] = {}
+    world = gpus_per_node * nodes
+    if gpus_per_node > 1:
+        # neighbours in a node, all pairs of all nodes at once
+        inside = hop(lambda r: r ^ 1 if (r ^ 1) // gpus_per_node == r // gpus_per_node and r ^ 1 < world else None)
+        found["node_gbs"] = found["pair_gbs"] = measured(inside.bytes_per_second / 1e9, "exchange with a neighbour")
+        found["node_latency_us"] = measured(inside.latency_s * 1e6, "4 KiB exchange with a neighbour")
+    if nodes > 1:
+        last = world - world // nodes % 2 * gpus_per_node
+
+        def across(rank: int, lanes: int) -> int | None:
+            node, lane = divmod(rank, gpus_per_node)
+            other = (node ^ 1) * gpus_per_node + lane
+            return other if lane < lanes and other < last else None
+
+        one = hop(lambda r: across(r, 1))
+        every = hop(lambda r: across(r, gpus_per_node))
+        found["nic_gbs"] = measured(one.bytes_per_second / 1e9, "one rank per node exchanging with the next node")
+        found["network_latency_us"] = measured(one.latency_s * 1e6, "4 KiB exchange between nodes")
+        together = gpus_per_node * every.bytes_per_second / one.bytes_per_second
+        found["nics_per_node"] = measured(max(1.0, together), "all ranks of a node against one")
+    found["reduce_scatter_cost"] = measured(
+        reduce_scatter_cost(2**26 if device.on_cuda() else 2**22), "reduce-scatter against all-gather, all ranks"
+    )
+    return found
+
+
+def device_name() -> str:
+    """What the device is called."""
+    if device.on_cuda():
+        return torch.cuda.get_device_name()
+    import platform
+
+    return f"CPU rank ({platform.machine()}, torch {torch.__version__})"
+
+
+def _names() -> set[str]:
+    return {f.name for f in fields(ClusterConfig)}
+
+
+def to_yaml(cluster: ClusterConfig) -> str:
+    """A file for conf/cluster."""
+    lines = [f"# Measured by tools/plan.py calibrate on {time.strftime('%Y-%m-%d')}."]
+    lines += [f'{name}: "{getattr(cluster, name)}"' for name in ("name", "gpu", "device")]
+    for name, fact in cluster.facts().items():
+        source = fact.source.replace('"', "'")
+        lines.append(f'{name}: {{value: {fact.value:g}, tag: {fact.tag}, source: "{source}"}}')
+    return "\n".join(lines) + "\n"
