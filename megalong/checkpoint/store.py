@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megalong.checkpoint import pointer
+from megalong.checkpoint import pointer, writer
 from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
@@ -73,7 +73,8 @@ def save(
         "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=_metadata()),
         "state": {**state, "step": step, "rng": _rng_state()},
     }
-    dist_checkpointing.save(everything, str(partial), content_metadata=_metadata())
+    with writer.in_process():
+        dist_checkpointing.save(everything, str(partial), content_metadata=_metadata())
     _write_checksums(partial)
     if first:
         write_text(partial / "config.yaml", config_yaml)
@@ -161,7 +162,7 @@ def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Two things that megatron-core expects of apex's Adam and torch's AdamW does not do (optimizer/distrib_optimizer.py).
+    """Two things that megatron-core (optimizer/distrib_optimizer.py) expects and torch's AdamW does not do.
 
     It loads into moments that are there already, while torch makes them in its first step. And torch keeps a `step`
     per parameter, which `_set_main_param_and_optimizer_states` looks for among the saved tensors though it travels in

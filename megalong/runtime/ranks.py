@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -27,6 +28,7 @@ class RankFailed(RuntimeError):
 def _work(connection: multiprocessing.connection.Connection, threads: int) -> None:
     import torch
 
+    os.setsid()  # so that a rank that is killed takes what it started with it
     torch.set_num_threads(threads)
     from megalong.runtime import console, device
 
@@ -62,6 +64,15 @@ def _run_task(
             parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _kill_with_children(process: multiprocessing.process.BaseProcess) -> None:
+    try:
+        if process.pid is not None and os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.kill()
 
 
 class RankPool:
@@ -136,7 +147,7 @@ class RankPool:
 
     def _stop(self) -> None:
         for process, connection in self._workers:
-            process.kill()
+            _kill_with_children(process)
             connection.close()
         for process, _ in self._workers:
             process.join()

@@ -1,0 +1,50 @@
+"""How do a checkpoint's files get written without extra processes? By threads of the rank itself.
+
+megatron-core 0.16 forks a process per file and starts a manager process for their results, even for a synchronous
+save: 270 MB and seconds per rank, orphans when a rank is killed, and a hang without end when a writer dies. Writing
+files and their checksums releases Python's lock, so threads are as fast, and an error comes back as an error.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+_WRITER = filesystem_async.FileSystemWriterAsync
+
+
+@contextmanager
+def in_process() -> Iterator[None]:
+    """Synchronous saves inside the block write their files in this process."""
+    processes, results = _WRITER.write_preloaded_data_multiproc, filesystem_async._results_queue
+    _WRITER.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        _WRITER.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(processes), results
+
+
+def _write_in_threads(
+    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue
+) -> None:
+    """Stands in for `write_preloaded_data_multiproc`; same arguments, same answer on `results`."""
+    answers: queue.Queue = queue.Queue()
+    pending: queue.Queue = queue.Queue()
+
+    def write(number: int, bucket: Any) -> None:
+        pending.put(number)
+        _WRITER.write_preloaded_data(
+            transforms, number, bucket, results_queue=answers, count_queue=pending, use_fsync=True
+        )
+
+    with ThreadPoolExecutor(max(1, len(buckets)), thread_name_prefix="checkpoint") as threads:
+        list(threads.map(write, range(len(buckets)), buckets))
+    found = dict(answers.get_nowait() for _ in buckets)
+    failed = next((answer for answer in found.values() if isinstance(answer, Exception)), None)
+    results.put(failed or found)
