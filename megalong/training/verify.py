@@ -7,6 +7,7 @@ uneven masks are where context parallelism has gone wrong before.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,7 @@ def compare(expected: Measured, found: Measured, loss_tolerance: float, gradient
     print("canary     passed: forward and backward, all context-parallel ranks")
     print(f"loss       one rank {expected.loss:.7f}  layout {found.loss:.7f}  relative error {loss_error:.1e}")
     errors = {n: relative_distance(found.gradients[n], g) for n, g in expected.gradients.items()}
+    errors = {n: math.inf if math.isnan(e) else e for n, e in errors.items()}
     worst = sorted(errors.items(), key=lambda item: -item[1])
     for name, error in worst[:10]:
         print(f"gradient   {error:.1e}  {name}")
