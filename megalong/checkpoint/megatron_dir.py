@@ -4,14 +4,14 @@ The directory is one of `dist_checkpointing` with the `torch_dist` backend: `.me
 chunks it consists of and where each chunk's record lies in the `*.distcp` files. Any grid of chunks is understood, so
 a checkpoint reads the same whatever the layout of the run that wrote it. The optimizer's tensors are not touched.
 
-Each record carries a CRC-32, which is checked the first time that the record is used.
+Each record carries a CRC-32. Where a record is read front to back it is checked on the way, otherwise by a pass of its
+own before its first use; `finish` checks what is left.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import zlib
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megalong.checkpoint.checksums import Checksums
 from megalong.checkpoint.hf import LAYERS, Entry, table
 from megalong.checkpoint.info import INFO, CheckpointInfo, read_info
+from megalong.checkpoint.reading import SliceReader
 from megalong.checkpoint.torch_record import Record, find_record
 from megalong.config.schema import ModelConfig
 from megalong.runtime.errors import CheckpointError
@@ -46,6 +47,27 @@ class _Chunk:
     file: str
     start: int
     length: int
+
+
+@dataclass
+class _Checked:
+    """A record, and how far its checksum has been followed."""
+
+    record: Record
+    file: str
+    where: str
+    position: int = 0
+    crc: int = 0
+
+    @property
+    def is_checked(self) -> bool:
+        return self.position == self.record.nbytes
+
+    def add(self, data: memoryview) -> None:
+        self.crc = zlib.crc32(data, self.crc)
+        self.position += len(data)
+        if self.is_checked and self.crc != self.record.crc:
+            raise CheckpointError(f"{self.where} was changed after it was written (CRC-32 differs): damaged.")
 
 
 class MegatronDirectory:
@@ -70,8 +92,8 @@ class MegatronDirectory:
         self.info: CheckpointInfo = read_info(folder)
         self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._chunks: dict[str, dict[int, list[_Chunk]]] = {}
-        self._records: dict[_Chunk, Record] = {}
-        self._handles: dict[str, int] = {}
+        self._records: dict[_Chunk, _Checked] = {}
+        self._reader = SliceReader(folder)
         self._scratch = np.empty(_READ, dtype=np.uint8)
         metadata = _read_metadata(folder)
         self._check_files(metadata.storage_data or {})
@@ -125,12 +147,13 @@ class MegatronDirectory:
                 continue
             width = math.prod(sizes[1:]) * itemsize
             left = (offsets[1] if len(offsets) > 1 else 0) * itemsize
-            place = self._record(key, chunk).offset + (low - offsets[0]) * width
+            at = (low - offsets[0]) * width
             part = target_RC[low - start : high - start]
+            record = self._record(key, chunk)
             if width == target_RC.shape[1]:
-                self._read(chunk.file, place, part.reshape(-1).data)
+                self._read_record(record, at, part.reshape(-1).data)
             else:
-                self._read_columns(chunk.file, place, part[:, left : left + width])
+                self._read_columns(record, at, part[:, left : left + width])
 
     def rows(self, entry: Entry, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor (of its layer), as a tensor of its own."""
@@ -139,11 +162,19 @@ class MegatronDirectory:
             self.read_into(entry, start, stop, tensor.view(-1).view(torch.uint8).numpy())
         return tensor
 
+    def finish(self) -> None:
+        """Check the rest of every record that was read in part only (vocabulary padding, for one).
+
+        Raises:
+            CheckpointError: a record is damaged.
+        """
+        for record in self._records.values():
+            if not record.is_checked:
+                self._check_from(record, record.position)
+
     def close(self) -> None:
         """Close the files."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        self._reader.close()
 
     def __enter__(self) -> MegatronDirectory:
         return self
@@ -198,55 +229,44 @@ class MegatronDirectory:
                 )
             self.sums.check(name, contents=False)
 
-    def _record(self, key: str, chunk: _Chunk) -> Record:
-        record = self._records.get(chunk)
-        if record is not None:
-            return record
+    def _record(self, key: str, chunk: _Chunk) -> _Checked:
+        found = self._records.get(chunk)
+        if found is not None:
+            return found
         where = f"{self.folder / chunk.file}: tensor {key} at {list(chunk.offsets)}"
         try:
-            record = find_record(
-                lambda offset, count: self._bytes(chunk.file, offset, count), chunk.start, chunk.length
-            )
+            record = find_record(lambda at, count: self._reader.read(chunk.file, at, count), chunk.start, chunk.length)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}.") from error
         if record.dtype != self.tensors[key][1] or record.shape != chunk.sizes:
             raise CheckpointError(
                 f"{where} has shape {list(record.shape)} and {record.dtype}, not what {METADATA} says."
             )
-        crc = 0
-        for at in range(0, record.nbytes, _READ):
-            part = self._scratch[: min(_READ, record.nbytes - at)]
-            self._read(chunk.file, record.offset + at, part.data)
-            crc = zlib.crc32(part.data, crc)
-        if crc != record.crc:
-            raise CheckpointError(f"{where} was changed after it was written (CRC-32 differs): damaged.")
-        self._records[chunk] = record
-        return record
+        found = self._records[chunk] = _Checked(record, chunk.file, where)
+        return found
 
-    def _read_columns(self, file: str, offset: int, target_RC: np.ndarray) -> None:
+    def _read_record(self, record: _Checked, at: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of a record from `at` on."""
+        if not record.is_checked and at != record.position:
+            self._check_from(record, record.position)
+        self._reader.read_into(record.file, record.record.offset + at, target)
+        if not record.is_checked:
+            record.add(target)
+
+    def _check_from(self, record: _Checked, start: int) -> None:
+        for at in range(start, record.record.nbytes, _READ):
+            part = self._scratch[: min(_READ, record.record.nbytes - at)]
+            self._reader.read_into(record.file, record.record.offset + at, part.data)
+            record.add(part.data)
+
+    def _read_columns(self, record: _Checked, at: int, target_RC: np.ndarray) -> None:
         rows, width = target_RC.shape
         step = max(1, _READ // width)
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            part = self._scratch[: count * width]
-            self._read(file, offset + row * width, part.data)
+            part = np.empty(count * width, dtype=np.uint8)
+            self._read_record(record, at + row * width, part.data)
             target_RC[row : row + count] = part.reshape(count, width)
-
-    def _bytes(self, file: str, offset: int, count: int) -> bytes:
-        target = bytearray(count)
-        self._read(file, offset, memoryview(target))
-        return bytes(target)
-
-    def _read(self, file: str, offset: int, target: memoryview) -> None:
-        handle = self._handles.get(file)
-        if handle is None:
-            handle = self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
-        done = 0
-        while done < len(target):
-            count = os.preadv(handle, [target[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self.folder / file} ended while it was read: it was changed meanwhile.")
-            done += count
 
 
 def is_megatron(folder: Path) -> bool:

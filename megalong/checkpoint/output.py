@@ -4,8 +4,9 @@ Everything is written into `OUT.partial`, each file is hashed as it goes, synced
 rename then gives the directory its name. A kill leaves at most `OUT.partial`, which the next run replaces; an error
 removes it. Two conversions to the same place cannot run at the same time.
 
-Writing happens on a thread of its own: handing bytes to the page cache is most of a conversion's time, and this way
-the next block is read, rearranged and hashed meanwhile. Blocks are reused, so memory does not grow with the model.
+Bytes are gathered into aligned blocks; one thread hashes them, another writes them past the page cache (O_DIRECT),
+while the next ones are read and rearranged. Handing pages to the cache would cost more than all the rest, and would
+push out what the machine's other users keep there. The few blocks are reused, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -16,33 +17,27 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megalong.checkpoint.checksums import CHECKSUMS
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, partial_of, write_text
 
 BLOCK = 16 << 20
-_BLOCKS = 4
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_BLOCKS = 6
+_ALIGNMENT = 4096  # of offsets, lengths and memory, for O_DIRECT
 _SPARE = 16 << 20  # room for indices, tokenizers and the file system's own books
+_LIBC = ctypes.CDLL(None, use_errno=True)
 Progress = Callable[[int, int], None]
 """Called as bytes are written, with their number and with the total that is expected."""
-
-
-class Block:
-    """A reusable piece of memory; `data` is uint8 [BLOCK]."""
-
-    def __init__(self) -> None:
-        self.data = np.empty(BLOCK, dtype=np.uint8)
 
 
 class OutputFile:
@@ -53,27 +48,45 @@ class OutputFile:
     """
 
     def __init__(self, folder: OutputFolder, name: str, size: int) -> None:
-        self.name, self._folder = name, folder
-        self._hash, self.size = hashlib.sha256(), 0
+        self.name, self._folder, self._expected = name, folder, size
+        self.size = 0
+        """Bytes written so far."""
+        self.hash = hashlib.sha256()
+        self._block, self._filled = folder._take_block(), 0
         path = folder.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        folder._open.add(self._handle)
-        _reserve(self._handle, size)
-        self._expected = size
+        self.handle = _open_direct(path)
+        folder._open.add(self.handle)
+        _reserve(self.handle, size)
 
-    def write(self, data: bytes | memoryview, block: Block | None = None) -> None:
-        """Append bytes. With `block`, they lie in that block, which goes back to the folder's stock once written."""
-        self._hash.update(data)
-        self.size += len(data)
-        self._folder._put((self._handle, data, block))
-        self._folder._progress(len(data), self._folder._needed)
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes; they are copied, so their memory may be used again at once."""
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        self._folder._progress(len(view), self._folder._needed)
+        while view:
+            count = min(len(view), BLOCK - self._filled)
+            self._block[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+            if self._filled == BLOCK:
+                self._folder._put(_Job(self, self._block, BLOCK, is_last=False))
+                self._block, self._filled = self._folder._take_block(), 0
 
     def close(self) -> None:
-        """Sync and close the file, and enter it in the list of checksums."""
+        """Write the rest, sync and close the file, and enter it in the list of checksums."""
         assert self.size == self._expected, (self.name, self.size, self._expected)
-        self._folder._put((self._handle, None, None))
-        self._folder.sums[self.name] = {"bytes": self.size, "sha256": self._hash.hexdigest()}
+        self._folder._put(_Job(self, self._block, self._filled, is_last=True))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Hash and write the first `count` bytes of a block; after the last ones the file is closed."""
+
+    file: OutputFile
+    block: memoryview
+    count: int
+    is_last: bool
 
 
 class OutputFolder:
@@ -103,18 +116,12 @@ class OutputFolder:
         self._progress: Progress = progress or (lambda count, total: None)
         self.sums: dict[str, dict[str, Any]] = {}
         self._needed, self._overwrite, self._is_ours = needed, overwrite, is_ours
-        self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
-        self._jobs: queue.Queue[Any] = queue.Queue(maxsize=2 * _BLOCKS)
+        self._blocks: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._to_hash: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._to_write: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._open: set[int] = set()
         self._lock = -1
-
-    def block(self) -> Block:
-        """A block to fill; waits until the writer has given one back."""
-        while True:
-            self._check()
-            with contextlib.suppress(queue.Empty):
-                return self._blocks.get(timeout=1.0)
 
     def file(self, name: str, size: int) -> OutputFile:
         """Start a file of `size` bytes."""
@@ -132,15 +139,20 @@ class OutputFolder:
         except OSError as error:
             raise CheckpointError(f"{self.target} cannot be written: {error}.") from error
         for _ in range(_BLOCKS):
-            self._blocks.put(Block())
-        self._writer = threading.Thread(target=self._write_jobs, name="writer", daemon=True)
-        self._writer.start()
+            self._blocks.put(memoryview(mmap.mmap(-1, BLOCK)))  # page-aligned
+        self._threads = [
+            threading.Thread(target=work, name=work.__name__, daemon=True)
+            for work in (self._hash_jobs, self._write_jobs)
+        ]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            self._jobs.put(None)
-            self._writer.join()
+            self._to_hash.put(None)
+            for thread in self._threads:
+                thread.join()
             for handle in self._open:  # files that an error left unfinished
                 os.close(handle)
             if error is None:
@@ -199,27 +211,52 @@ class OutputFolder:
     def _discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _put(self, job: Any) -> None:
+    def _take_block(self) -> memoryview:
+        """A block to fill; waits until the writer has given one back."""
+        while True:
+            self._check()
+            with contextlib.suppress(queue.Empty):
+                return self._blocks.get(timeout=1.0)
+
+    def _put(self, job: _Job) -> None:
         self._check()
-        self._jobs.put(job)
+        self._to_hash.put(job)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
+    def _hash_jobs(self) -> None:
+        while (job := self._to_hash.get()) is not None:
+            file = job.file
+            file.hash.update(job.block[: job.count])
+            if job.is_last:
+                self.sums[file.name] = {"bytes": file.size, "sha256": file.hash.hexdigest()}
+            self._to_write.put(job)
+        self._to_write.put(None)
+
     def _write_jobs(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            handle, data, block = job
+        while (job := self._to_write.get()) is not None:
             try:
                 if self._failure is None:
-                    _write_all(handle, data) if data is not None else os.fsync(handle)
+                    _write(job)
             except BaseException as error:
                 self._failure = error
-            if data is None:
-                self._open.discard(handle)
-                os.close(handle)
-            if block is not None:
-                self._blocks.put(block)
+            self._blocks.put(job.block)
+            if job.is_last:
+                self._open.discard(job.file.handle)
+                os.close(job.file.handle)
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        path.unlink(missing_ok=True)  # the file is made before the flag is refused
+        return os.open(path, flags, 0o644)  # a file system without direct access, such as an older tmpfs
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -234,10 +271,19 @@ def _reserve(handle: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _write_all(handle: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
+def _write(job: _Job) -> None:
+    """Write a block in whole aligned pieces; what the last of them is too long is cut off again."""
+    padded = -(-job.count // _ALIGNMENT) * _ALIGNMENT
+    job.block[job.count : padded] = bytes(padded - job.count)
+    _write_all(job.file.handle, job.block[:padded])
+    if job.is_last:
+        os.ftruncate(job.file.handle, job.file.size)
+        os.fsync(job.file.handle)
+
+
+def _write_all(handle: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
 
 
 def _is_empty(path: Path) -> bool:

@@ -2,8 +2,7 @@
 
 The safetensors format is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, offsets) and the
 tensors' bytes. Headers are read and checked on opening: a shard that is missing, cut short or overlapping, a tensor
-that appears twice or that the index does not know, is refused by name. Bytes are read with `pread` into the caller's
-memory: a memory map would count against the resident memory of the process, and fault page by page.
+that appears twice or that the index does not know, is refused by name.
 
 Pickled weights (`.bin`, `.pth`) are refused: unpickling runs code from the file.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megalong.checkpoint.checksums import Checksums
+from megalong.checkpoint.reading import SliceReader
 from megalong.runtime.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,7 +71,7 @@ class SafetensorsDirectory:
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder, self._verify = folder, verify
         self.sums = Checksums(folder)
-        self._handles: dict[Path, int] = {}
+        self._reader = SliceReader(folder)
         self.files = _files_of(folder)
         self.tensors: dict[str, Stored] = {}
         for file in self.files:
@@ -87,17 +86,9 @@ class SafetensorsDirectory:
 
     def read_into(self, file: Path, offset: int, target: memoryview) -> None:
         """Fill `target` (bytes) with a file's bytes from `offset` on."""
-        handle = self._handles.get(file)
-        if handle is None:
-            if self._verify:
-                self.sums.check(file.name)
-            handle = self._handles[file] = os.open(file, os.O_RDONLY)
-        done = 0
-        while done < len(target):
-            count = os.preadv(handle, [target[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{file} ended while it was read: it was changed meanwhile.")
-            done += count
+        if self._verify:
+            self.sums.check(file.name)
+        self._reader.read_into(file.name, offset, target)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, as a tensor of its own."""
@@ -110,9 +101,7 @@ class SafetensorsDirectory:
 
     def close(self) -> None:
         """Close the files."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        self._reader.close()
 
     def __enter__(self) -> SafetensorsDirectory:
         return self

@@ -12,12 +12,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megalong.checkpoint.hf import Entry, Piece, hf_shapes, megatron_runs_between, table
 from megalong.checkpoint.info import HF_FILES
 from megalong.checkpoint.megatron_dir import MegatronDirectory
-from megalong.checkpoint.output import OutputFolder, Progress, row_blocks
+from megalong.checkpoint.output import BLOCK, OutputFolder, Progress, row_blocks
 from megalong.checkpoint.pointer import resolve
 from megalong.checkpoint.safetensors_dir import INDEX, SINGLE
 from megalong.checkpoint.safetensors_plan import header, index_json, plan_shards
@@ -57,6 +58,7 @@ def megatron_to_hf(
         cast = one_dtype({e.parameter: checkpoint.dtype(e) for e in table(model)}, dtype, checkpoint.folder)
         plans = plan_shards(hf_shapes(model), cast, max_shard_size)
         needed = sum(plan.nbytes(cast) for plan in plans)
+        scratch = np.empty(BLOCK, dtype=np.uint8)
         with OutputFolder(target, needed, overwrite, is_hf, progress) as folder:
             for plan in plans:
                 head = header(plan, cast)
@@ -66,11 +68,11 @@ def megatron_to_hf(
                     entry, piece = places[name]
                     row_bytes = math.prod(entry.shape[1:]) * cast.itemsize
                     for start, stop in row_blocks(piece.rows, row_bytes):
-                        block = folder.block()
-                        data = block.data[: (stop - start) * row_bytes]
+                        data = scratch[: (stop - start) * row_bytes]
                         _fill(data, checkpoint, entry, piece, start, stop, cast)
-                        file.write(data.data, block)
+                        file.write(data.data)
                 file.close()
+            checkpoint.finish()
             index = index_json(plans, cast)
             if index is not None:
                 folder.small_file(INDEX, index.encode())

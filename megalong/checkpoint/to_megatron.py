@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from megalong.checkpoint.hf import LAYERS, TIED_OUTPUT, Entry, check_tensors, layer_table, runs_between, table
 from megalong.checkpoint.info import CARRIED, HF_FILES, INFO, CheckpointInfo, info_json
 from megalong.checkpoint.megatron_dir import COMMIT_MARK, METADATA, is_megatron
-from megalong.checkpoint.output import OutputFile, OutputFolder, Progress, row_blocks
+from megalong.checkpoint.output import BLOCK, OutputFile, OutputFolder, Progress, row_blocks
 from megalong.checkpoint.safetensors_dir import SafetensorsDirectory
 from megalong.checkpoint.torch_record import RecordWriter
 from megalong.config.schema import ModelConfig
@@ -149,6 +149,7 @@ class _Writer:
         self, folder: OutputFolder, model: ModelConfig, source: SafetensorsDirectory, dtype: torch.dtype
     ) -> None:
         self.folder, self.model, self.source, self.dtype = folder, model, source, dtype
+        self.scratch = np.empty(BLOCK, dtype=np.uint8)
         self.state: dict[str, Any] = {}
         self.storage: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -178,11 +179,10 @@ class _Writer:
         file.write(record.head)
         row_bytes = math.prod(entry.shape[1:]) * self.dtype.itemsize
         for first, last in row_blocks(entry.shape[0], row_bytes):
-            block = self.folder.block()
-            data = block.data[: (last - first) * row_bytes]
+            data = self.scratch[: (last - first) * row_bytes]
             self._fill(data, entry, first, last)
             crc = zlib.crc32(data.data, crc)
-            file.write(data.data, block)
+            file.write(data.data)
         file.write(record.tail(crc))
         self._register(entry, _StorageInfo(file.name, start, file.size - start))
 

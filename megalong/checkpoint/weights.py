@@ -4,6 +4,7 @@ tensors: names, shapes, dtypes, and rows on demand, never a whole model in memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from megalong.checkpoint.checksums import Checksums
 from megalong.checkpoint.hf import Entry, Piece, check_tensors, hf_shapes, megatron_runs_between, table
 from megalong.checkpoint.megatron_dir import MegatronDirectory, is_megatron
+from megalong.checkpoint.output import row_blocks
 from megalong.checkpoint.pointer import resolve
 from megalong.checkpoint.safetensors_dir import SafetensorsDirectory
 from megalong.checkpoint.to_hf import export_config, is_hf
@@ -133,6 +135,15 @@ class MegatronWeights(Weights):
         entry, piece = self._places[name]
         parts = [self._source.rows(entry, a, b) for a, b in megatron_runs_between(piece, start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def check_files(self) -> str:
+        if self.sums.sums is None:
+            for entry in table(self.model):
+                for start, stop in row_blocks(entry.shape[0], math.prod(entry.shape[1:]) * 4):
+                    self._source.rows(entry, start, stop)
+            self._source.finish()
+            return "no SHA-256 here; CRC-32 of all tensors right"
+        return super().check_files()
 
     def extra(self) -> Mapping[str, Any]:
         info = self._source.info
