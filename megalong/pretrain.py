@@ -41,6 +41,11 @@ def main(process: launch.Process) -> int:
     if "--cfg" in sys.argv[1:]:
         console.say(to_yaml(config))
         return 0
+    from megalong.planning.choose import check_fits
+    from megalong.planning.plan import plan_of
+
+    plan = plan_of(config)
+    check_fits(plan)
     with console.gathered_notices("torch and megatron-core"):
         from megalong.runtime import device
 
@@ -54,7 +59,7 @@ def main(process: launch.Process) -> int:
     start = plan_start(config)
     announcements = [start.text]
     train, held_out = plan_data(config, announcements)
-    launch.init_process_group(process, timeout_s=1800)
+    launch.init_process_group(process, timeout_s=plan.collective_timeout_s)
     initialize(layout_of(config), config.attention.hierarchical_context_parallel_sizes)
     stage = config.stage
     console.say(

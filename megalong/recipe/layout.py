@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megalong.config.schema import Config
+from megalong.planning.choose import best_layout
+from megalong.planning.workload import workload_of
 from megalong.runtime.errors import LayoutError
 from megalong.topology.layout import Layout
-from megalong.topology.valid import choose_layout
 
 
 def layout_of(config: Config) -> Layout:
@@ -40,16 +41,8 @@ def resolve_layout(config: Config, world_size: int | None) -> None:
         if world % product:
             given = " ".join(f"topology.{a}={v}" for a, v in fixed.items())
             raise LayoutError(f"{given} take {product} ranks together, which does not divide the {world} started.")
-        attention = config.attention
-        chosen = choose_layout(
-            config.model,
-            stage.seq_length,
-            config.train.global_batch_size or 1,
-            world,
-            cp_comm_type=attention.cp_comm_type,
-            hierarchical_sizes=attention.hierarchical_context_parallel_sizes,
-            **fixed,
-        )
+        topology.tp = topology.cp = topology.pp = topology.dp = None
+        chosen = best_layout(workload_of(config), config.cluster, world, **fixed)
     if world_size is not None and chosen.world_size != world_size:
         raise LayoutError(
             f"The layout {chosen} takes {chosen.world_size} ranks, but {world_size} were started. Start "

@@ -25,6 +25,8 @@ from megalong.data.loader import MicroBatch, training_batches
 from megalong.evaluation.results import StageEvaluation, evaluation_from
 from megalong.model.gpt import attention_of, build
 from megalong.model.llama import model_to_hf
+from megalong.planning.beside import Beside
+from megalong.planning.plan import plan_of
 from megalong.recipe.compose import to_yaml
 from megalong.runtime import device
 from megalong.runtime.console import say, warn
@@ -57,6 +59,7 @@ class StageRun:
         self.first = dist.get_rank() == 0
         self.model = build(config)
         self.watch = GradientWatch(self.model)
+        self.beside = Beside(plan_of(config), dist.get_rank())
         self.step = self.skipped = 0
         self.cursor = Cursor.at_start(train)
         self.evaluation: StageEvaluation | None = None
@@ -106,6 +109,7 @@ class StageRun:
             write_text(self.run_dir / "config.yaml", to_yaml(config))
         metrics = Metrics(self.run_dir, config, self.step, self.first)
         self._evaluate("before", metrics)
+        say(self.beside.summary())
         batches = self._batches()
         while self.step < total:
             self._train_one(batches, metrics)
@@ -140,7 +144,7 @@ class StageRun:
     def _train_one(self, batches: Iterator[MicroBatch], metrics: Metrics) -> None:
         config = self.config
         begun = time.monotonic()
-        with meters.recording() if config.attention.meters else nullcontext() as meter:
+        with self.beside.counting(), meters.recording() if config.attention.meters else nullcontext() as meter:
             result = train_step(config, self.model, self.optimizer, batches, self.step)
         if not result.updated:
             self._not_finite(result.loss, result.grad_norm)
@@ -156,7 +160,9 @@ class StageRun:
             "skipped_steps": self.skipped,
             **(meter.summary() if meter else {}),
         }
-        metrics.step(record, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        metrics.step(record, seconds)
+        metrics.scalars("plan", self.beside.scalars(seconds, device.peak_memory_bytes()), self.step)
 
     def _not_finite(self, loss: float, grad_norm: float) -> None:
         first = self.cursor.consumed_samples
@@ -175,7 +181,9 @@ class StageRun:
         core = attention_of(self.model)
         if core is not None:
             canary.check(core, parallel_state.get_context_parallel_rank(), device.device())
-            say(f"canary: information crosses all {self.config.topology.cp} context-parallel ranks and nothing leaks")
+            cp = self.config.topology.cp or 1
+            if cp > 1:
+                say(f"canary: information crosses all {cp} context-parallel ranks and nothing leaks")
 
     def save(self, metrics: Metrics) -> None:
         """Write a checkpoint of this step, unless it is there already, and remove the oldest ones."""
