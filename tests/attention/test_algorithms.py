@@ -144,6 +144,12 @@ def test_outputs_and_gradients_are_those_of_attention(
     assert max(max(e) for e in relative_errors(ranks, size, name, sizes, wide)) < 1e-14
 
 
+@pytest.mark.parametrize(("sizes", "kv_heads"), [((1, 2), 1), ((2, 1), 2)])
+def test_a_hierarchy_may_have_a_level_of_one(ranks: RankPool, sizes: tuple[int, int], kv_heads: int) -> None:
+    cases = [Case(torch.float32, 4 * kv_heads, kv_heads, 64, documents) for documents in (None, SPANNING)]
+    assert max(max(e) for e in relative_errors(ranks, 2, "a2a+p2p", sizes, cases)) <= 2e-6
+
+
 def test_bf16_error_does_not_grow_with_the_ring(ranks: RankPool) -> None:
     for documents in (None, (0, 100, 130)):
         case = Case(torch.bfloat16, 8, 2, 64, documents, length=512)

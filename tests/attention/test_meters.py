@@ -8,16 +8,19 @@ from megalong.attention import kernels, meters, traffic
 from megalong.runtime.ranks import RankPool
 from tests.attention.test_algorithms import ALGORITHMS, algorithm
 
-TOKENS, HEAD_DIM = 8, 16
-
 
 def counted(
-    name: str, sizes: tuple[int, int] | None, heads: int, kv_heads: int, dtype: torch.dtype, wire: torch.dtype
+    name: str,
+    sizes: tuple[int, int] | None,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    wire: torch.dtype,
 ) -> list[tuple[dict[str, int], dict[str, int]]]:
-    """(sent, received) of a forward and of a backward on this rank."""
+    """(sent, received) of a forward and of a backward on this rank; shape is (S, H, K, D)."""
     attend = algorithm(name, sizes)
-    q, k, v = (torch.randn(TOKENS, 1, n, HEAD_DIM).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
-    kernel = kernels.select("auto", q.device, dtype, HEAD_DIM, 0.25)
+    tokens, heads, kv_heads, head_dim = shape
+    q, k, v = (torch.randn(tokens, 1, n, head_dim).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    kernel = kernels.select("auto", q.device, dtype, head_dim, 0.25)
     with meters.recording() as forward:
         out = attend(q, k, v, None, kernel, wire)
     with meters.recording() as backward:
@@ -39,11 +42,11 @@ def test_bytes_are_the_closed_formula(
     dtype: torch.dtype,
     wire: torch.dtype,
 ) -> None:
-    heads = 4 * kv_heads  # the ratio of Llama-3-8B
-    shard = traffic.Shard(TOKENS, heads, kv_heads, HEAD_DIM, element_bytes=dtype.itemsize, wire_bytes=wire.itemsize)
+    shape = (8, 4 * kv_heads, kv_heads, 16)  # H/K as in Llama-3-8B
+    shard = traffic.Shard(*shape, element_bytes=dtype.itemsize, wire_bytes=wire.itemsize)
     inner = sizes[0] if sizes else None
     formulas = [f(name, shard, size, inner) for f in (traffic.forward_bytes, traffic.backward_bytes)]
-    for found in ranks.run(counted, size, name, sizes, heads, kv_heads, dtype, wire):
+    for found in ranks.run(counted, size, name, sizes, shape, dtype, wire):
         for (sent, received), formula in zip(found, formulas, strict=True):
             assert sent == received == formula
 
@@ -60,10 +63,10 @@ def test_a_collective_outside_a_recording_is_not_counted() -> None:
 
 
 def test_the_1048k_layout_by_hand() -> None:
-    """Llama-3-8B, 1,048,576 tokens over a ring of 32: 32,768 tokens a rank, 8 key-value heads of 128."""
-    shard = traffic.Shard(tokens=32768, heads=32, kv_heads=8, head_dim=128)
-    assert shard.block * 2 == 128 * 2**20
-    assert traffic.forward_bytes("p2p", shard, 32) == {"ring_kv": 31 * 128 * 2**20}
-    assert traffic.backward_bytes("p2p", shard, 32) == {"ring_kv": 31 * 128 * 2**20, "ring_dkv": 31 * 256 * 2**20}
-    by_heads = traffic.forward_bytes("a2a+p2p", shard, 32, inner=8)
-    assert by_heads == {"a2a": 7 * (256 + 256 + 128) * 2**20 // 8, "ring_kv": 3 * 128 * 2**20}
+    """Llama-3-8B, 1,048,576 tokens, TP 4 and a ring of 32: 32,768 tokens, 8 query and 2 key-value heads of 128."""
+    shard = traffic.Shard(tokens=32768, heads=8, kv_heads=2, head_dim=128)
+    assert shard.block * 2 == 32 * 2**20
+    assert traffic.forward_bytes("p2p", shard, 32) == {"ring_kv": 31 * 32 * 2**20}
+    assert traffic.backward_bytes("p2p", shard, 32) == {"ring_kv": 31 * 32 * 2**20, "ring_dkv": 31 * 64 * 2**20}
+    by_heads = traffic.forward_bytes("a2a+p2p", shard, 32, inner=2)
+    assert by_heads == {"a2a": (64 + 64 + 32) * 2**20 // 2, "ring_kv": 15 * 32 * 2**20}
