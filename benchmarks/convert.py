@@ -83,16 +83,31 @@ def timed(command: list[str], source: Path) -> dict[str, float]:
     forget(source)
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak, pid = 0.0, 0
+    while pid == 0:
+        # not ru_maxrss: after fork and exec it still counts the memory of the process that forked
+        peak = max(peak, peak_resident_mib(process.pid))
+        time.sleep(0.02)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     seconds = time.monotonic() - begun
     if status:
-        raise SystemExit(f"{' '.join(command)} failed: {os.waitstatus_to_exitcode(status)}")
+        raise SystemExit(f"{' '.join(command)} failed with exit code {os.waitstatus_to_exitcode(status)}")
     return {
         "seconds": round(seconds, 2),
         "user_seconds": round(usage.ru_utime, 2),
         "system_seconds": round(usage.ru_stime, 2),
-        "peak_rss_mib": round(usage.ru_maxrss / 1024, 1),
+        "peak_rss_mib": round(peak, 1),
     }
+
+
+def peak_resident_mib(pid: int) -> float:
+    """High-water mark of a running process's resident memory; 0 when it has just ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(lines[0].split()[1]) / 1024 if lines else 0.0
 
 
 def copied(source: Path, scratch: Path) -> dict[str, float]:
@@ -152,6 +167,8 @@ def main() -> None:
         "peak_rss_largest_over_smallest": round(max(peaks) / min(peaks), 3),
         "bitwise_equal": all(r["bitwise_equal"] for r in results),
         "load_average": [round(x, 2) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "machine": f"{platform.machine()} {platform.system()} {platform.release()}",

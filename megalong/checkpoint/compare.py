@@ -18,7 +18,7 @@ from megalong.checkpoint.to_megatron import dtype_name
 from megalong.checkpoint.weights import Weights
 
 # Config keys that say how or by what a file was written, not what the model is.
-_NOT_MODEL = ("_name_or_path", "transformers_version", "use_cache")
+_NOT_MODEL = ("_name_or_path", "transformers_version", "use_cache", "initializer_range")
 # Where these have no entry, they mean this.
 _DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
