@@ -110,9 +110,9 @@ class CoreAttention(MegatronModule):
             return None
         assert starts.dtype == torch.int64, starts.dtype
         assert starts.dim() == 1, starts.shape
-        documents = tuple(starts.tolist())
-        assert documents[0] == 0, documents[:3]
-        return documents
+        assert starts[0] == 0, starts[:3]
+        assert (starts.diff() > 0).all(), "document starts must ascend"
+        return tuple(starts.tolist())
 
 
 def _hierarchy() -> list[torch.distributed.ProcessGroup] | None:

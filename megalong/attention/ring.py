@@ -13,7 +13,7 @@ Every rank receives what it needs and nothing twice: rank 0 holds the last chunk
 link carries n-1 blocks in any scheme.
 
 Memory besides the local q, k, v, out, lse (and dout): two blocks of keys and values; forward the running fp32 out;
-backward fp32 dq and two blocks of fp32 dk and dv. Formulas: `traffic.py`.
+backward fp32 dq and two blocks of fp32 dk and dv. Formulas: `memory.py`, and of the bytes moved `traffic.py`.
 """
 
 from __future__ import annotations
