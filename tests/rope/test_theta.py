@@ -1,7 +1,7 @@
 """The theta laws give the published bases, and a stage that does not follow is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalong.rope.theta import RotaryPoint, check_follows, dynamic_ntk, scaling_law, stage_theta
@@ -23,6 +23,7 @@ def test_scaling_law_gives_the_later_cards_thetas():
     assert scaling_law(BASE, 1_048_576) == 3580165449
 
 
+@settings(deadline=None)
 @given(
     theta=st.floats(1e3, 1e9),
     window=st.integers(16, 1 << 18),
