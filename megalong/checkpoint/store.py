@@ -147,10 +147,9 @@ def verify_checksums(folder: Path) -> None:
             )
 
 
-def _module(model: list[DistributedDataParallel]) -> torch.nn.Module:
+def _module(model: list[DistributedDataParallel]) -> Any:
     assert len(model) == 1, "one model chunk per rank"
-    module: torch.nn.Module = model[0].module
-    return module
+    return model[0].module
 
 
 def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:

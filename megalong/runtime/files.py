@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import IO
 
 PARTIAL = ".partial"
 
@@ -48,6 +50,22 @@ def commit_folder(partial: Path, target: Path) -> None:
         sync(path)
     os.rename(partial, target)
     sync(target.parent)
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """Make `folder` and claim it for this process; None when another live process holds it.
+
+    Returns:
+        the open lock file: the claim ends when it is closed or the process is gone, however it went.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def sha256_of(path: Path) -> str:

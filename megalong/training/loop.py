@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -30,8 +31,8 @@ from megalong.planning.plan import plan_of
 from megalong.recipe.compose import to_yaml
 from megalong.runtime import device
 from megalong.runtime.console import say, warn
-from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL
-from megalong.runtime.files import write_text
+from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, ConfigError
+from megalong.runtime.files import hold, write_text
 from megalong.runtime.launch import together
 from megalong.training.evaluate import evaluate
 from megalong.training.finite import GradientWatch, NonFiniteError
@@ -61,6 +62,7 @@ class StageRun:
         self.watch = GradientWatch(self.model)
         self.beside = Beside(plan_of(config), dist.get_rank())
         self.step = self.skipped = 0
+        self._lock: IO[str] | None = None
         self.cursor = Cursor.at_start(train)
         self.evaluation: StageEvaluation | None = None
         self.carried_config = start.hf_config
@@ -104,8 +106,8 @@ class StageRun:
             return EXIT_OK
         stop = StopRequest()
         self._canary()
+        together(self._claim)
         if self.first:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.yaml", to_yaml(config))
         metrics = Metrics(self.run_dir, config, self.step, self.first)
         self._evaluate("before", metrics)
@@ -114,8 +116,7 @@ class StageRun:
         while self.step < total:
             self._train_one(batches, metrics)
             if stop.agreed():
-                self.save(metrics)
-                metrics.close()
+                self._finish(metrics)
                 say(f"stopped by a signal after step {self.step}; start again to go on")
                 return EXIT_SAVED_ON_SIGNAL
             every = config.checkpoint.save_steps
@@ -123,9 +124,22 @@ class StageRun:
                 self.save(metrics)
         if self.step >= (config.train.steps or 0):
             self._evaluate("after", metrics)
+        self._finish(metrics)
+        return EXIT_OK
+
+    def _finish(self, metrics: Metrics) -> None:
         self.save(metrics)
         metrics.close()
-        return EXIT_OK
+        if self._lock is not None:
+            self._lock.close()
+
+    def _claim(self) -> None:
+        """Two runs in one run_dir would overwrite each other's checkpoints."""
+        self._lock = hold(self.run_dir) if self.first else None
+        if self.first and self._lock is None:
+            raise ConfigError(
+                f"run_dir={self.run_dir} is in use by another run. Wait for it, or choose another run_dir."
+            )
 
     def _batches(self) -> Iterator[MicroBatch]:
         config = self.config

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, write_text
+from megalong.runtime.files import commit_folder, fresh_folder, hold, partial_of, sha256_of, write_text
 
 
 def test_a_text_is_replaced_in_one_step_and_nothing_is_left_aside(tmp_path: Path) -> None:
@@ -45,3 +45,13 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
 def test_the_checksum_is_sha256sums(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_of(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_is_held_by_one_process_until_it_lets_go(tmp_path: Path) -> None:
+    mine = hold(tmp_path / "run")
+    assert mine is not None
+    assert hold(tmp_path / "run") is None
+    mine.close()
+    again = hold(tmp_path / "run")
+    assert again is not None
+    again.close()
