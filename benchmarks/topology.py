@@ -19,21 +19,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+from megalong.config.cluster import ClusterConfig, load_cluster
+from megalong.planning.plan import Plan, make_plan
+from megalong.planning.workload import workload_of
+from megalong.recipe.compose import compose
+from megalong.topology.placement import cyclic_order
 
-from megalong.config.cluster import ClusterConfig, load_cluster  # noqa: E402
-from megalong.planning.plan import Plan, make_plan  # noqa: E402
-from megalong.planning.workload import workload_of  # noqa: E402
-from megalong.recipe.compose import compose  # noqa: E402
-from megalong.topology.placement import cyclic_order  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 # A window that is long for the model, with as many key-value heads as heads: much to carry for little computing.
 MODEL = [
@@ -146,7 +144,6 @@ def launch(nodes: Nodes, per_node: int, dealt: bool, command: list[str], port: i
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(REPO),
         }
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process has ended
         inside = ["ip", "netns", "exec", nodes.name(slots[rank] // per_node), sys.executable, *command]
@@ -163,13 +160,13 @@ def launch(nodes: Nodes, per_node: int, dealt: bool, command: list[str], port: i
 
 
 def measured_step(nodes: Nodes, per_node: int, case: Case, steps: int, folder: Path, port: int) -> float:
-    """Median seconds of the trainer's steps after the first."""
+    """Seconds of the trainer's fastest step after the first: other work on the machine drops out."""
     run_dir = folder / f"run-{port}"
     command = ["megalong/pretrain.py", *MODEL, *case.overrides, f"train.steps={steps + 1}", f"run_dir={run_dir}"]
     launch(nodes, per_node, case.dealt, command, port)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(run_dir)
-    return statistics.median(json.loads(line)["seconds"] for line in lines[1:])
+    return min(json.loads(line)["seconds"] for line in lines[1:])
 
 
 def predicted(case: Case, cluster: ClusterConfig, ranks: int, per_node: int) -> Plan:

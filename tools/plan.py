@@ -20,8 +20,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from megalong.runtime.errors import EXIT_OK, EXIT_USER_ERROR, ConfigError, UserError
 
 OWN = {"output": ("text", "json"), "order": ("block", "cyclic")}
@@ -38,7 +36,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return EXIT_OK
     if arguments[0] == "calibrate":
-        from tools.calibrate import main as calibrate
+        from calibrate import main as calibrate
 
         return calibrate(arguments[1:])
     own, overrides = _own_options(arguments)

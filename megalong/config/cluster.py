@@ -88,6 +88,8 @@ class ClusterConfig:
     """Start of a transfer inside a node, microseconds."""
     network_latency_us: Fact = _unknown(20)
     """Start of a transfer between nodes, microseconds."""
+    exchange_share: Fact = _unknown(1)
+    """Share of a wire's rate that each direction keeps while the same two ranks send to each other (gloo: half)."""
     reduce_scatter_cost: Fact = _unknown(1)
     """Time of a reduce-scatter relative to an all-gather of the same tensor (gloo sums in an all-reduce: 2)."""
     host_device_gbs: Fact = _unknown(10)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,19 @@ class Line:
     bytes_per_second: float
 
 
-def slowest_seconds(fn: Callable[[], Any], repeat: int = 5) -> float:
-    """Median time of `fn` on the slowest rank, after one warm-up."""
+def slowest_seconds(fn: Callable[[], Any], repeat: int = 7) -> float:
+    """Time of `fn` on the slowest rank: the best of several attempts, so that other work of the machine drops out."""
     fn()
     device.synchronize()
-    found = []
-    for _ in range(repeat):
+    attempts = torch.zeros(repeat, dtype=torch.float64, device=device.device())
+    for i in range(repeat):
         dist.barrier()
         begun = time.perf_counter()
         fn()
         device.synchronize()
-        found.append(time.perf_counter() - begun)
-    worst = torch.tensor([sorted(found)[len(found) // 2]], dtype=torch.float64, device=device.device())
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
+        attempts[i] = time.perf_counter() - begun
+    dist.all_reduce(attempts, op=dist.ReduceOp.MAX)
+    return float(attempts.min())
 
 
 def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,26 +127,28 @@ def host_device_bytes_per_second(size: int) -> float:
     return size / slowest_seconds(lambda: there.copy_(host, non_blocking=True))
 
 
-def hop(partner_of: Callable[[int], int | None]) -> Line:
-    """Time of exchanging one message with a partner, in both directions at once, by size.
+def flows(send_to: dict[int, int]) -> Line:
+    """Time of messages that travel at the same time, by size.
 
     Args:
-        partner_of: rank -> the rank it exchanges with, or None if it only waits. All pairs run at the same time.
+        send_to: sender -> receiver; a rank sends at most one message and receives at most one.
     """
-    partner = partner_of(dist.get_rank())
+    rank = dist.get_rank()
+    target = send_to.get(rank)
+    source = {b: a for a, b in send_to.items()}.get(rank)
     seconds = []
     sizes = [size * (16 if device.on_cuda() else 1) for size in SIZES]
     for size in sizes:
         out = torch.zeros(size, dtype=torch.uint8, device=device.device())
         back = torch.empty_like(out)
 
-        def exchange(out: torch.Tensor = out, back: torch.Tensor = back) -> None:
-            if partner is not None:
-                ops = [dist.P2POp(dist.isend, out, partner), dist.P2POp(dist.irecv, back, partner)]
-                for work in dist.batch_isend_irecv(ops):
-                    work.wait()
+        def move(out: torch.Tensor = out, back: torch.Tensor = back) -> None:
+            ops = [dist.P2POp(dist.isend, out, target)] if target is not None else []
+            ops += [dist.P2POp(dist.irecv, back, source)] if source is not None else []
+            for work in dist.batch_isend_irecv(ops) if ops else ():
+                work.wait()
 
-        seconds.append(slowest_seconds(exchange, repeat=3))
+        seconds.append(slowest_seconds(move))
     return fit_line(sizes, seconds)
 
 
@@ -164,8 +165,8 @@ def reduce_scatter_cost(size: int) -> float:
         return 1.0
     whole = torch.zeros(size // 4 // n * n, device=device.device())
     part = torch.zeros(whole.numel() // n, device=device.device())
-    gather = slowest_seconds(lambda: dist.all_gather_into_tensor(whole, part), repeat=3)
-    scatter = slowest_seconds(lambda: dist.reduce_scatter_tensor(part, whole), repeat=3)
+    gather = slowest_seconds(lambda: dist.all_gather_into_tensor(whole, part), repeat=5)
+    scatter = slowest_seconds(lambda: dist.reduce_scatter_tensor(part, whole), repeat=5)
     return scatter / gather
 
 
@@ -237,33 +238,34 @@ def measure(base: ClusterConfig, work: Workload, gpus_per_node: int, folder: Pat
     if device.on_cuda():
         total = torch.cuda.get_device_properties(0).total_memory
         found["memory_gib"] = measured(total / 2**30, "as CUDA reports it")
-    return replace(
-        base, gpu=device_name(), device=device.device().type, **{k: v for k, v in found.items() if k in _names()}
-    )
+    known: dict[str, Any] = {name: fact for name, fact in found.items() if name in base.facts()}
+    return replace(base, gpu=device_name(), device=device.device().type, **known)
 
 
 def _wires(gpus_per_node: int, nodes: int, measured: Callable[[float, str], Fact]) -> dict[str, Fact]:
+    """Flows as rings make them: never back to where something comes from, except to see what that costs."""
     found: dict[str, Fact] = {}
     world = gpus_per_node * nodes
-    if gpus_per_node > 1:
-        # neighbours in a node, all pairs of all nodes at once
-        inside = hop(lambda r: r ^ 1 if (r ^ 1) // gpus_per_node == r // gpus_per_node and r ^ 1 < world else None)
-        found["node_gbs"] = found["pair_gbs"] = measured(inside.bytes_per_second / 1e9, "exchange with a neighbour")
-        found["node_latency_us"] = measured(inside.latency_s * 1e6, "4 KiB exchange with a neighbour")
+    pairs = {r: r + 1 for r in range(0, world - 1, 2) if (r + 1) // gpus_per_node == r // gpus_per_node}
+    if pairs:
+        inside = flows(pairs)
+        both = flows(pairs | {b: a for a, b in pairs.items()})
+        found["node_gbs"] = found["pair_gbs"] = measured(inside.bytes_per_second / 1e9, "to a neighbour in the node")
+        found["node_latency_us"] = measured(inside.latency_s * 1e6, "4 KiB to a neighbour in the node")
+        share = min(1.0, both.bytes_per_second / inside.bytes_per_second)
+        found["exchange_share"] = measured(share, "two ranks to each other, against one direction")
     if nodes > 1:
-        last = world - world // nodes % 2 * gpus_per_node
 
-        def across(rank: int, lanes: int) -> int | None:
-            node, lane = divmod(rank, gpus_per_node)
-            other = (node ^ 1) * gpus_per_node + lane
-            return other if lane < lanes and other < last else None
+        def across(lanes: int) -> dict[int, int]:
+            hops = [(node, lane) for node in range(nodes) for lane in range(gpus_per_node - lanes, gpus_per_node)]
+            # to the next lane of the next node: the last rank of a node sends to the first of the next, as in a ring
+            return {n * gpus_per_node + i: (n + 1) % nodes * gpus_per_node + (i + 1) % gpus_per_node for n, i in hops}
 
-        one = hop(lambda r: across(r, 1))
-        every = hop(lambda r: across(r, gpus_per_node))
-        found["nic_gbs"] = measured(one.bytes_per_second / 1e9, "one rank per node exchanging with the next node")
-        found["network_latency_us"] = measured(one.latency_s * 1e6, "4 KiB exchange between nodes")
+        one, every = flows(across(1)), flows(across(gpus_per_node))
+        found["nic_gbs"] = measured(one.bytes_per_second / 1e9, "one ring hop out of every node")
+        found["network_latency_us"] = measured(one.latency_s * 1e6, "4 KiB to the next node")
         together = gpus_per_node * every.bytes_per_second / one.bytes_per_second
-        found["nics_per_node"] = measured(max(1.0, together), "all ranks of a node against one")
+        found["nics_per_node"] = measured(max(1.0, together), "all ranks of a node at once, against one")
     found["reduce_scatter_cost"] = measured(
         reduce_scatter_cost(2**26 if device.on_cuda() else 2**22), "reduce-scatter against all-gather, all ranks"
     )
@@ -277,10 +279,6 @@ def device_name() -> str:
     import platform
 
     return f"CPU rank ({platform.machine()}, torch {torch.__version__})"
-
-
-def _names() -> set[str]:
-    return {f.name for f in fields(ClusterConfig)}
 
 
 def to_yaml(cluster: ClusterConfig) -> str:

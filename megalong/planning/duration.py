@@ -124,7 +124,7 @@ def _tensor_parallel_seconds(work: Workload, placement: Placement, layer: float,
     tp = work.layout.tp
     if tp == 1:
         return 0.0
-    wire = slowest(placement, groups(work.layout, "tp"), reorder=True)
+    wire = slowest(placement, groups(work.layout, "tp"), reorder=work.reorders)
     one = wire.seconds(part(tensor_parallel_whole(work), tp), tp - 1)
     forward = (LAYER_FORWARD.all_gather + LAYER_FORWARD.reduce_scatter) * one * (1 + full)
     # backward of qkv and fc1: the gather runs beside the input gradient, the scatter beside the weight gradient,
@@ -149,7 +149,7 @@ def _reduction_seconds(work: Workload, placement: Placement, backward: float) ->
     n = layout.dp * layout.cp
     if n == 1:
         return 0.0
-    wire = slowest(placement, groups(layout, "cp", "dp"), reorder=True)
+    wire = slowest(placement, groups(layout, "cp", "dp"), reorder=work.reorders)
     numel = buffer_of(rank_parameters(work.model, layout.tp, layout.pp, 0), n).numel
     scatter = wire.seconds(part(4 * numel, n), n - 1) * placement.cluster.reduce_scatter_cost.value
     gather = wire.seconds(part(work.element_bytes * numel, n), n - 1)

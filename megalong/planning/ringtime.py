@@ -60,10 +60,10 @@ def moves_of(work: Workload, placement: Placement) -> Moves:
     rings = groups(work.layout, "cp")
     a = work.inner
     if work.cp_comm_type == "all_gather":
-        return Moves(slowest(placement, rings, reorder=True), NOTHING)
+        return Moves(slowest(placement, rings, reorder=work.reorders), NOTHING)
     outer = [ring[i::a] for ring in rings for i in range(a)]
     inner = [ring[i : i + a] for ring in rings for i in range(0, len(ring), a)]
-    return Moves(slowest(placement, outer), slowest(placement, inner))
+    return Moves(slowest(placement, outer), slowest(placement, inner, exchange=True))
 
 
 def forward_pass(work: Workload, moves: Moves, flops_per_second: float) -> Pass:

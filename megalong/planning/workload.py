@@ -58,6 +58,11 @@ class Workload:
         return self.device == "cuda"
 
     @property
+    def reorders(self) -> bool:
+        """The communication library lays the rings of its collectives along the wires: NCCL does, gloo goes by rank."""
+        return self.device == "cuda"
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of one element of weights and activations."""
         return 2 if self.precision == "bf16" else 4

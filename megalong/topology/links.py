@@ -49,26 +49,33 @@ def wire(cluster: ClusterConfig, edge: str, leaving: int = 1) -> Wire:
     return Wire(edge, rate * 1e9, cluster.network_latency_us.value * 1e-6)
 
 
-def wires(placement: Placement, rings: Sequence[Sequence[int]], reorder: bool = False) -> list[Wire]:
+def wires(
+    placement: Placement, rings: Sequence[Sequence[int]], reorder: bool = False, exchange: bool = False
+) -> list[Wire]:
     """One wire per class of hop that occurs, slowest first; empty when nothing moves.
 
     Args:
         rings: groups in ring order, all moving at once.
         reorder: the communication library may choose the order inside a group (collectives), so it goes node by node.
+        exchange: every two neighbours send to each other at the same time; in a ring of two they always do.
     """
     if reorder:
         rings = [sorted(ring, key=placement.slot) for ring in rings]
     edges = [edge for ring in rings for edge in ring_edges(ring)]
     counts = Counter(placement.edge(a, b) for a, b in edges)
     leaving = max(outgoing(placement, edges).values(), default=1)
+    mutual = exchange or all(len(ring) == 2 for ring in rings)
+    share = placement.cluster.exchange_share.value if mutual else 1.0
     found = []
     for edge in EDGE_CLASSES:
         if counts[edge]:
             w = wire(placement.cluster, edge, leaving)
-            found.append(Wire(edge, w.bytes_per_second, w.latency_s, counts[edge]))
+            found.append(Wire(edge, w.bytes_per_second * share, w.latency_s, counts[edge]))
     return sorted(found, key=lambda w: w.bytes_per_second)
 
 
-def slowest(placement: Placement, rings: Sequence[Sequence[int]], reorder: bool = False) -> Wire:
+def slowest(
+    placement: Placement, rings: Sequence[Sequence[int]], reorder: bool = False, exchange: bool = False
+) -> Wire:
     """The wire that sets the pace of all rings."""
-    return next(iter(wires(placement, rings, reorder)), NOTHING)
+    return next(iter(wires(placement, rings, reorder, exchange)), NOTHING)
