@@ -7,6 +7,7 @@ lands in outputs/demo, which is made anew each time; the corpus in it is kept.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing may be fetched
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other crawl on a machine in use
@@ -82,7 +83,7 @@ def main() -> int:
     """Run the demo; returns the exit code."""
     begun = time.monotonic()
     transformers_logging.disable_progress_bar()
-    _make_room()
+    lock = _make_room()
     cache = OUT / "corpus"
     model = mini_model()
     with _part("1/5 corpus: Python sources of this machine, a BPE tokenizer trained on them"):
@@ -111,17 +112,31 @@ def main() -> int:
     with _part("5/5 what came of it"):
         _report(stages, text)
     print(f"\nmake demo: {time.monotonic() - begun:.0f} s. Everything is in {OUT.relative_to(ROOT)}/")
+    lock.close()
     return EXIT_OK
 
 
-def _make_room() -> None:
-    """Remove what an earlier demo left, but for its corpus."""
+def _make_room() -> IO[str]:
+    """Remove what an earlier demo left, but for its corpus.
+
+    Returns:
+        the open lock file that keeps a second demo out; the kernel releases it when this process ends.
+
+    Raises:
+        UserError: another demo is at work in the folder.
+    """
     OUT.mkdir(parents=True, exist_ok=True)
+    lock = (OUT / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"Another demo is at work in {OUT}. Wait for it to end.") from error
     for path in OUT.iterdir():
         if path.is_dir() and path.name != "corpus":
             shutil.rmtree(path)
-        elif path.is_file():
+        elif path.is_file() and path.name != ".lock":
             path.unlink()
+    return lock
 
 
 @contextmanager
@@ -183,7 +198,7 @@ def _compare(folder: Path, last: StageResult) -> None:
     edges = bucket_edges(window)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
-    alone = {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}
+    alone: dict[str, Any] = {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}
     with torch.no_grad():
         for batch in evaluation_batches(dataset, sequences=EVAL_SEQUENCES, **alone):
             logits_SV = model(input_ids=batch["tokens"], use_cache=False).logits[0]
