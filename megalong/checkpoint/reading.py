@@ -2,7 +2,9 @@
 
 `pread` into the caller's memory: a memory map would count against the resident memory of the process, and fault page
 by page. A thread asks the kernel for what lies ahead of the last read, so that the disk works while the bytes at hand
-are rearranged and hashed; bringing pages in is a good part of the cost of reading, and it happens on that thread.
+are rearranged and hashed; bringing pages in is a good part of the cost of reading, and it happens on that thread. Pages
+that have been read are given back: a conversion larger than the memory would otherwise push everything else out of the
+cache, and take fresh pages, which are dear on virtual machines, instead of using the same ones again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megalong.runtime.errors import CheckpointError
 
 _AHEAD = 64 << 20
 _STEP = 16 << 20
+_KEPT = 256 << 20
 
 
 class SliceReader:
@@ -30,7 +33,8 @@ class SliceReader:
         self.folder = folder
         self._handles: dict[str, int] = {}
         self._asked: dict[str, int] = {}
-        self._wishes: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._used: dict[str, int] = {}
+        self._wishes: queue.SimpleQueue[tuple[int, int, int, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
@@ -47,6 +51,7 @@ class SliceReader:
             if count == 0:
                 raise CheckpointError(f"{self.folder / name} ended while it was read: it was changed meanwhile.")
             done += count
+        self._give_back(name, handle, done)
 
     def read(self, name: str, offset: int, count: int) -> bytes:
         """`count` bytes of a file from `offset` on."""
@@ -61,6 +66,8 @@ class SliceReader:
             self._thread.join()
             self._thread = None
         for handle in self._handles.values():
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
         self._handles.clear()
         self._asked.clear()
@@ -75,16 +82,25 @@ class SliceReader:
 
     def _look_ahead(self, name: str, handle: int, end: int) -> None:
         asked = self._asked.get(name, 0)
-        if end <= asked - _AHEAD + _STEP and end > asked - 2 * _AHEAD:
+        if asked - 2 * _AHEAD < end <= asked - _AHEAD + _STEP:
             return
         start = asked if asked - 2 * _AHEAD < end <= asked else end
         self._asked[name] = end + _AHEAD
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._ask, name="read-ahead", daemon=True)
-            self._thread.start()
-        self._wishes.put((handle, start, end + _AHEAD - start))
+        self._wish(handle, start, end + _AHEAD - start, os.POSIX_FADV_WILLNEED)
 
-    def _ask(self) -> None:
+    def _give_back(self, name: str, handle: int, count: int) -> None:
+        self._used[name] = self._used.get(name, 0) + count
+        if self._used[name] > _KEPT:
+            self._used[name] = self._asked[name] = 0
+            self._wish(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _wish(self, *advice: int) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._advise, name="read-ahead", daemon=True)
+            self._thread.start()
+        self._wishes.put((advice[0], advice[1], advice[2], advice[3]))
+
+    def _advise(self) -> None:
         while (wish := self._wishes.get()) is not None:
             with contextlib.suppress(OSError):  # only advice
-                os.posix_fadvise(*wish, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(*wish)
