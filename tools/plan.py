@@ -115,9 +115,19 @@ def _alternative(plan) -> dict[str, object]:  # type: ignore[no-untyped-def]
 
 
 def _recipe(own: dict[str, str], overrides: list[str]) -> int:
-    from megalong.planning.recipe import as_json, recipe_rows, table
+    from megalong.planning.recipe import CLUSTERS, as_json, recipe_row, table
+    from megalong.planning.workload import workload_of
+    from megalong.recipe.compose import compose
+    from megalong.recipe.stages import stage_names
 
-    rows = recipe_rows(overrides)
+    rows = []
+    for name in stage_names():
+        config = compose([f"+stage={name}", *overrides])
+        gpus = workload_of(config).layout.world_size
+        if gpus in CLUSTERS and not any(o.startswith("cluster=") for o in overrides):
+            config = compose([f"+stage={name}", f"cluster={CLUSTERS[gpus]}", *overrides])
+        if config.stage.card_minutes is not None:
+            rows.append(recipe_row(name, config.stage.card_minutes, workload_of(config), config.cluster))
     print(json.dumps(as_json(rows)) if own["output"] == "json" else table(rows))
     return EXIT_OK
 

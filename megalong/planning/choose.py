@@ -13,6 +13,9 @@ from megalong.topology.layout import Layout
 from megalong.topology.placement import Placement, groups
 from megalong.topology.valid import as_overrides, choose_layout, nearest_layouts, valid_layouts
 
+SPARE = 0.05
+"""Share of the memory that a chosen layout leaves free where it can: the plan may be wrong by as much."""
+
 
 def keeps_to_nodes(placement: Placement) -> bool:
     """Tensor-parallel ranks talk most and cannot hide it: a layout that parts them over nodes is not considered."""
@@ -27,15 +30,16 @@ def candidates(work: Workload, cluster: ClusterConfig, world_size: int, **fixed:
 
 
 def ranking(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans that fit, fastest first; then those that do not, smallest first."""
+    """Plans that fit, best first (see `cost`); then those that do not, smallest first."""
     fit = sorted((p for p in plans if p.fits), key=cost)
     rest = sorted((p for p in plans if not p.fits), key=lambda p: p.memory.total)
     return fit + rest
 
 
-def cost(plan: Plan) -> tuple[float, int]:
-    """What is minimised: step time to one percent, then memory (room for what the plan does not know)."""
-    return (round(100 * math.log(plan.step_s)), plan.memory.total)
+def cost(plan: Plan) -> tuple[bool, int, int]:
+    """What is minimised: room to spare first, then step time to one percent, then memory."""
+    tight = plan.memory.total > (1 - SPARE) * plan.memory.capacity
+    return (tight, round(100 * math.log(plan.step_s)), plan.memory.total)
 
 
 def best_layout(work: Workload, cluster: ClusterConfig, world_size: int, **fixed: int | None) -> Layout:

@@ -14,9 +14,7 @@ from megalong.config.cluster import ClusterConfig
 from megalong.planning.choose import candidates, ranking
 from megalong.planning.flops import hardware_flops_per_step, model_flops_per_step
 from megalong.planning.plan import Plan, make_plan
-from megalong.planning.workload import Workload, workload_of
-from megalong.recipe.compose import compose
-from megalong.recipe.stages import stage_names
+from megalong.planning.workload import Workload
 from megalong.topology.layout import Layout
 
 CLUSTERS = {8: "l40s-1x8", 32: "l40s-4x8", 512: "l40s-64x8"}  # the card's GPUs, by number
@@ -71,34 +69,21 @@ class RecipeRow:
         return f"possible: {self.card_model_tflops:.0f} model TFLOP/s ({self.card_model_tflops / peak:.0%} of the peak)"
 
 
-def recipe_rows(overrides: Sequence[str] = ()) -> list[RecipeRow]:
-    """One row per stage of the card.
+def recipe_row(name: str, card_minutes: float, work: Workload, cluster: ClusterConfig) -> RecipeRow:
+    """Plan one stage three ways.
 
     Args:
-        overrides: further settings for every stage, such as `cluster.peak_bf16_tflops.value=183`.
+        work: the stage; its layout's ranks are the devices to use.
+        cluster: as many devices, wired as they would be.
     """
-    rows = []
-    for name in stage_names():
-        config = compose([f"+stage={name}", *overrides])
-        stage = config.stage
-        gpus = stage.layout.tp * stage.layout.cp * stage.layout.pp * stage.layout.dp
-        if gpus in CLUSTERS:
-            config = compose([f"+stage={name}", f"cluster={CLUSTERS[gpus]}", *overrides])
-        if stage.card_minutes is None:
-            continue
-        work = workload_of(config)
-        rows.append(_row(name, gpus, stage.card_minutes, work, config.cluster))
-    return rows
-
-
-def _row(name: str, gpus: int, minutes: float, work: Workload, cluster: ClusterConfig) -> RecipeRow:
+    gpus = work.layout.world_size
     ring = CARD_RING.get(gpus, gpus)
     plans = ranking(list(candidates(work, cluster, gpus)))
     return RecipeRow(
         stage=name,
         gpus=gpus,
         tokens=work.tokens_per_step * work.steps,
-        card_minutes=minutes,
+        card_minutes=card_minutes,
         card=make_plan(work.on(Layout(cp=ring, dp=gpus // ring)), cluster),
         best=plans[0],
         single_ring=make_plan(work.on(Layout(cp=gpus)), cluster),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megalong.config.cluster import ClusterConfig, Fact, load_cluster
 from megalong.planning.beside import Beside
-from megalong.planning.choose import advice, best_layout, candidates, check_fits, ranking
+from megalong.planning.choose import SPARE, advice, best_layout, candidates, check_fits, ranking
 from megalong.planning.plan import as_json, make_plan, plan_of
 from megalong.planning.workload import Workload, workload_of
 from megalong.recipe.compose import compose
@@ -66,7 +66,7 @@ def test_what_does_not_fit_ends_with_code_2_and_layouts_that_do() -> None:
 def test_planning_loads_no_torch() -> None:
     code = (
         "import sys; from megalong.recipe.compose import compose; from megalong.planning.plan import plan_of;"
-        "plan_of(compose(['+stage=1048k'])); from megalong.planning import report, choose, recipe;"
+        "plan_of(compose(['+stage=1048k'])); from megalong.planning import report, choose;"
         "print([m for m in ('torch', 'megatron', 'matplotlib', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
@@ -125,7 +125,8 @@ def test_no_layout_beats_the_chosen_one_by_more_than_a_percent() -> None:
     plans = list(candidates(work, cluster, 32))
     best = make_plan(work.on(best_layout(work, cluster, 32)), cluster)
     assert best.fits
-    assert best.step_s <= 1.011 * min(p.step_s for p in plans if p.fits)
+    roomy = [p for p in plans if p.memory.total <= (1 - SPARE) * p.memory.capacity]
+    assert best.step_s <= 1.011 * min(p.step_s for p in roomy)
     assert ranking(plans)[0].work.layout == best.work.layout
 
 

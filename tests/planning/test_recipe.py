@@ -2,30 +2,41 @@
 
 import pytest
 
-from megalong.planning.recipe import as_json, recipe_rows, table
+from megalong.planning.recipe import CLUSTERS, RecipeRow, as_json, recipe_row, table
+from megalong.planning.workload import workload_of
+from megalong.recipe.compose import compose
 
-ROWS = recipe_rows()
+GPUS = {"65k": 8, "262k": 32, "524k": 512, "1048k": 512}
+
+
+def row(name: str) -> RecipeRow:
+    config = compose([f"+stage={name}", f"cluster={CLUSTERS[GPUS[name]]}"])
+    assert config.stage.card_minutes is not None
+    return recipe_row(name, config.stage.card_minutes, workload_of(config), config.cluster)
+
+
+ROWS = [row(name) for name in GPUS]
 
 
 def test_the_cards_gpu_hours_are_its_minutes_times_its_gpus() -> None:
-    assert [row.card_minutes for row in ROWS] == [202, 555, 61, 87]
+    assert [found.card_minutes for found in ROWS] == [202, 555, 61, 87]
     assert round(as_json(ROWS)["card_gpu_hours"]) == 1586
 
 
 def test_only_the_last_row_of_the_card_is_beyond_the_hardware() -> None:
-    assert [row.verdict.startswith("beyond") for row in ROWS] == [False, False, False, True]
+    assert [found.verdict.startswith("beyond") for found in ROWS] == [False, False, False, True]
     assert ROWS[-1].card_model_tflops == pytest.approx(274, rel=0.01)
 
 
 def test_rings_of_32_beat_one_ring_of_512() -> None:
-    for row in ROWS[2:]:
-        assert row.single_ring.step_s > 2 * row.card.step_s
+    for found in ROWS[2:]:
+        assert found.single_ring.step_s > 2 * found.card.step_s
 
 
 def test_every_chosen_layout_fits_and_uses_the_cards_gpus() -> None:
-    for row in ROWS:
-        assert row.best.fits
-        assert row.best.work.layout.world_size == row.gpus
+    for found in ROWS:
+        assert found.best.fits
+        assert found.best.work.layout.world_size == found.gpus == GPUS[found.stage]
 
 
 def test_the_table_says_what_is_computed_and_with_which_efficiencies() -> None:
