@@ -223,8 +223,8 @@ def _generate(folder: Path) -> str:
         **prompt,
         max_new_tokens=NEW_TOKENS,
         do_sample=True,
-        temperature=0.7,
-        top_k=40,
+        temperature=0.4,
+        top_k=10,
         eos_token_id=eos,
         pad_token_id=eos,
     )

@@ -87,12 +87,12 @@ def evaluation_batches(
     cp_size: int,
     document_mask: str = "none",
 ) -> Iterator[MicroBatch]:
-    """The first `sequences` sequences, each on one data-parallel rank, in equally many micro-batches on every rank.
+    """`sequences` sequences spread over the data, each on one rank, in equally many micro-batches on every rank.
 
     A rank without a sequence in the last round gets the first one with a loss mask of zeros, so that collectives match.
     """
     ranges = chunk_ranges(dataset.seq_length, cp_size, cp_rank)
-    for sequence in held_out_samples(sequences=sequences, dp_rank=dp_rank, dp_size=dp_size):
+    for sequence in held_out_samples(available=len(dataset), sequences=sequences, dp_rank=dp_rank, dp_size=dp_size):
         chunks = next(read_memmap(dataset, [sequence or 0], ranges))
         batch = assemble(dataset, sequence or 0, ranges, chunks, document_mask)
         if sequence is None:

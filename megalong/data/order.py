@@ -39,8 +39,13 @@ def shuffled_samples(*, sequences: int, seed: int, consumed_samples: int, dp_ran
         sample += dp_size
 
 
-def held_out_samples(*, sequences: int, dp_rank: int, dp_size: int) -> list[int | None]:
-    """The first `sequences` sequences in file order, shared out: equally many entries on every rank, padded by None."""
+def held_out_samples(*, available: int, sequences: int, dp_rank: int, dp_size: int) -> list[int | None]:
+    """`sequences` of the `available` ones, evenly spread (neighbours are often one document), shared out over ranks.
+
+    Returns:
+        equally many entries on every data-parallel rank, padded by None.
+    """
+    assert 0 < sequences <= available, (sequences, available)
     rounds = -(-sequences // dp_size)
     mine = [m * dp_size + dp_rank for m in range(rounds)]
-    return [i if i < sequences else None for i in mine]
+    return [i * available // sequences if i < sequences else None for i in mine]
