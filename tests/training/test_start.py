@@ -117,7 +117,7 @@ def test_a_pointer_to_nothing_is_an_error_and_not_a_fresh_start(tmp_path: Path) 
 def test_a_resume_under_other_settings_lists_what_changed(tmp_path: Path) -> None:
     whole_checkpoint(tmp_path / "run", mini(tmp_path))
     assert plan_start(mini(tmp_path)).kind == "resume"
-    with pytest.raises(ConfigError, match=r"train\.lr 0\.001 -> 0\.5; seed 1234 -> 7"):
+    with pytest.raises(ConfigError, match=r"train\.lr 0\.0005 -> 0\.5; seed 1234 -> 7"):
         plan_start(mini(tmp_path, "train.lr=0.5", "seed=7"))
     with pytest.raises(ConfigError, match="already holds step_00000005"):
         plan_start(mini(tmp_path, "checkpoint.resume=false"))
