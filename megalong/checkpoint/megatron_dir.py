@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megalong.checkpoint.checksums import Checksums
+from megalong.checkpoint.dcp_metadata import METADATA, read_metadata
 from megalong.checkpoint.hf import LAYERS, Entry, table
 from megalong.checkpoint.info import INFO, CheckpointInfo, read_info
 from megalong.checkpoint.reading import SliceReader
@@ -32,10 +32,10 @@ from megalong.config.schema import ModelConfig
 from megalong.runtime.errors import CheckpointError
 
 COMMIT_MARK = "metadata.json"  # megatron-core writes it last
-METADATA = ".metadata"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.", "model.")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _READ = 8 << 20
+_Places = list[tuple[MetadataIndex, _StorageInfo]]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class MegatronDirectory:
         self._records: dict[_Chunk, _Checked] = {}
         self._reader = SliceReader(folder)
         self._scratch = np.empty(_READ, dtype=np.uint8)
-        metadata = _read_metadata(folder)
-        self._check_files(metadata.storage_data or {})
+        metadata, places = read_metadata(folder)
+        self._check_files(places)
         for key, stored in metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and key.startswith(_MODEL_KEYS):
-                self._add(key, stored, metadata.storage_data or {})
+                self._add(key, stored, places.get(key, []))
 
     def check_model(self, model: ModelConfig) -> None:
         """Check that exactly a Llama's tensors are there, each with its right shape and a float dtype.
@@ -189,15 +189,15 @@ class MegatronDirectory:
         one_by_one = f"{LAYERS}{entry.layer}.{entry.name}"
         return (one_by_one, False) if one_by_one in self.tensors else (entry.key, True)
 
-    def _add(self, key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> None:
+    def _add(self, key: str, stored: TensorStorageMetadata, places: _Places) -> None:
         shape = tuple(stored.size)
         self.tensors[key] = (shape, stored.properties.dtype)
         by_layer: dict[int, list[_Chunk]] = {}
         covered = 0
-        places = {tuple(i.offset): place for i, place in storage.get(key, ()) if i.offset is not None}
+        by_offset = {tuple(index.offset): place for index, place in places if index.offset is not None}
         for chunk in stored.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            place = places.get(offsets)
+            place = by_offset.get(offsets)
             if place is None:
                 raise CheckpointError(f"{self.folder / METADATA} is damaged: part {offsets} of {key} lies nowhere.")
             covered += math.prod(sizes)
@@ -212,7 +212,7 @@ class MegatronDirectory:
             )
         self._chunks[key] = by_layer
 
-    def _check_files(self, storage: dict[str, list[tuple[Any, Any]]]) -> None:
+    def _check_files(self, storage: dict[str, _Places]) -> None:
         """Every file that the metadata names is there, in full."""
         ends: dict[str, tuple[int, str]] = {}
         for key, places in storage.items():
@@ -288,57 +288,3 @@ def _check_backend(folder: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{folder} has the sharded backend {backend!r}; only torch_dist is read.")
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    path = folder / METADATA
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise TypeError(f"it holds a {type(metadata).__name__}")
-        by_key: dict[str, list[tuple[Any, Any]]] = {}
-        for index, place in (metadata.storage_data or {}).items():
-            by_key.setdefault(index.fqn, []).append((index, place))
-        metadata.storage_data = by_key
-        return metadata
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: not a whole checkpoint.") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
-
-
-_METADATA_CLASSES = {
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "collections": ("OrderedDict",),
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "StorageMeta",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.planner": (
-        "SavePlan",
-        "WriteItem",
-        "WriteItemType",
-        "TensorWriteData",
-        "BytesIOWriteData",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`; anything that torch.distributed.checkpoint does not write there is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megalong.checkpoint.dcp_metadata import METADATA
 from megalong.checkpoint.hf import LAYERS, TIED_OUTPUT, Entry, check_tensors, layer_table, runs_between, table
 from megalong.checkpoint.info import CARRIED, HF_FILES, INFO, CheckpointInfo, info_json
-from megalong.checkpoint.megatron_dir import COMMIT_MARK, METADATA, is_megatron
+from megalong.checkpoint.megatron_dir import COMMIT_MARK, is_megatron
 from megalong.checkpoint.output import BLOCK, OutputFile, OutputFolder, Progress, row_blocks
 from megalong.checkpoint.safetensors_dir import SafetensorsDirectory
 from megalong.checkpoint.torch_record import RecordWriter
