@@ -7,5 +7,5 @@ from tests.checkpoint.kills import DIRECTIONS, kill_conversions
 
 @pytest.mark.parametrize("direction", list(DIRECTIONS))
 def test_a_killed_conversion_leaves_no_target_and_can_be_run_again(tmp_path, direction):
-    found = kill_conversions(tmp_path, direction, kills=3, seed=0)
+    found = kill_conversions(tmp_path, direction, kills=2, seed=0)
     assert found["interrupted"] > 0
