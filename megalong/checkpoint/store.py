@@ -24,11 +24,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megalong.checkpoint import pointer, writer
+from megalong.checkpoint.checksums import CHECKSUMS, Checksums
 from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
-
-CHECKSUMS = "checksums.json"
 
 
 def _metadata() -> dict[str, Any]:
@@ -75,12 +74,13 @@ def save(
     }
     with writer.in_process():
         dist_checkpointing.save(everything, str(partial), content_metadata=_metadata())
-    _write_checksums(partial)
     if first:
         write_text(partial / "config.yaml", config_yaml)
         write_info(partial, info)
         if carried is not None:
             carry_files(carried, partial / HF_FILES)
+    _write_checksums(partial)
+    if first:
         commit_folder(partial, target)
         pointer.point_to(root, target)
     dist.barrier()
@@ -124,27 +124,12 @@ def verify_checksums(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated or changed.
     """
-    path = folder / CHECKSUMS
-    try:
-        files: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error}). The checkpoint is damaged; use an older one."
-        ) from error
+    checksums = Checksums(folder)
+    if checksums.sums is None:
+        raise CheckpointError(f"{folder} has no {CHECKSUMS}: it was not written by megalong. Convert it again.")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for name, recorded in sorted(files.items())[rank::world]:
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing. The checkpoint is damaged; use an older one.")
-        if file.stat().st_size != recorded["bytes"]:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, not {recorded['bytes']}. The checkpoint is damaged; use an "
-                "older one."
-            )
-        if sha256_of(file) != recorded["sha256"]:
-            raise CheckpointError(
-                f"{file} was changed after it was saved. The checkpoint is damaged; use an older one."
-            )
+    for name in sorted(checksums.sums)[rank::world]:
+        checksums.check(name)
 
 
 def _module(model: list[DistributedDataParallel]) -> Any:

@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megalong.checkpoint import pointer
+from megalong.checkpoint.store import verify_checksums
 from megalong.recipe.compose import compose
 from megalong.recipe.layout import layout_of
+from megalong.runtime.errors import CheckpointError
 from megalong.runtime.ranks import RankPool
 from megalong.topology.groups import initialize
 from megalong.training.loop import StageRun
@@ -85,3 +88,21 @@ def test_old_checkpoints_go_and_the_pointer_names_the_newest(ranks: RankPool, tm
     root = tmp_path / "checkpoints"
     assert [p.name for p in pointer.whole_ones(root)] == ["step_00000003", "step_00000004"]
     assert pointer.newest(root) == pointer.folder_of(root, 4)
+
+
+def test_a_flipped_byte_or_a_missing_file_of_a_checkpoint_is_found_and_named(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(run_stage, 1, str(tmp_path), "train.stop_after=1")
+    folder = pointer.folder_of(tmp_path / "checkpoints", 1)
+    verify_checksums(folder)
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json"]
+    assert {"common.pt", "config.yaml", "megalong.json", "metadata.json", ".metadata"} <= {p.name for p in files}
+    for file in files:
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=file.name):
+            verify_checksums(folder)
+        file.unlink()
+        with pytest.raises(CheckpointError, match=f"{file.name} is missing"):
+            verify_checksums(folder)
+        file.write_bytes(good)
+    verify_checksums(folder)
