@@ -144,11 +144,15 @@ def test_what_params_json_leaves_open_or_contradicts_is_refused(tmp_path, params
     assert not (tmp_path / "hf").exists()
 
 
+class Planted:
+    """An object that only unpickling with code could bring back."""
+
+
 def test_a_missing_file_and_a_pickle_with_code_are_refused(tmp_path):
     source = write(tmp_path / "meta", meta_tensors(), 2)
     (source / "consolidated.00.pth").unlink()
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth missing"):
         meta_to_hf(source, tmp_path / "hf")
-    torch.save({"norm.weight": Path("x")}, source / "consolidated.00.pth")
+    torch.save({"norm.weight": Planted()}, source / "consolidated.00.pth")
     with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth cannot be read as plain tensors"):
         meta_to_hf(source, tmp_path / "hf")

@@ -115,7 +115,7 @@ def _highest(events: list[tuple[int, int]]) -> int:
 def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
     """Profile forward and backward of real steps, after a warm-up step.
 
-    The lower of two peaks counts: gloo's threads let go of tensors late, by chance.
+    The lowest of six peaks counts: gloo's threads let go of tensors late, by chance.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -137,7 +137,7 @@ def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
         del losses
     micro_batches = (config.train.global_batch_size or 1) // layout.dp
     peaks, events = [], []
-    for _ in range(2):
+    for _ in range(6):
         with profile(**settings) as prof:
             forward_backward(config, trainer.model, trainer.batches(), micro_batches)
         events = _allocations(prof)

@@ -143,7 +143,7 @@ def test_data_of_another_window_or_damaged_is_refused(tmp_path: Path) -> None:
     [
         ([], "Which stage?"),
         (["+stage=1048k"], "wants 512 GPUs"),
-        (["+stage=65k", "topology.tp=1", "topology.cp=1", "topology.pp=1", "topology.dp=1"], "init_from is missing"),
+        (["+stage=65k", "topology=auto"], "does not fit"),
         (["+stage=65k", "+scale=mini", "init_from=/nowhere"], "no such folder"),
         (["+stage=65k", "+scale=mini", "stage.theta=5"], "contradicts"),
     ],
