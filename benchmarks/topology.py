@@ -9,7 +9,7 @@ measures the same namespaces for the planner's prediction:
 - `rings inside, ranks dealt out`: the same layout with neighbouring ranks on different nodes (a bad order);
 - `heads inside`: one group of all ranks, head exchange inside the nodes, ring across (a2a+p2p).
 
-  python benchmarks/topology.py [rates=100,400] [nodes=2] [per_node=2] [steps=3]      (Mbit/s; needs root)
+  python benchmarks/topology.py [rates=25,100] [nodes=2] [per_node=2] [steps=2]      (Mbit/s; needs root)
 
 The last line of stdout is a JSON object with every figure. Without the right to make namespaces it says so and ends.
 """
@@ -39,6 +39,7 @@ MODEL = [
     "+scale=mini",
     "model.num_key_value_heads=8",
     "model.num_hidden_layers=2",
+    "model.tie_word_embeddings=true",
     "train.global_batch_size=4",
     "data.eval_sequences=0",
     "checkpoint.save_steps=0",
@@ -182,11 +183,11 @@ def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, o
         folder, port = Path(temporary), 29600
         for rate in rates:
             nodes.limit(rate)
-            facts = folder / f"measured-{rate}.yaml"
-            calibrate = ["tools/plan.py", "calibrate", f"name=netns-{rate}", f"file={facts}"]
+            path = folder / f"measured-{rate}.yaml"
+            calibrate = ["tools/plan.py", "calibrate", f"name=netns-{rate}", f"file={path}"]
             calibrate += [f"gpus_per_node={per_node}", *MODEL, *todo[0].overrides]
             launch(nodes, per_node, False, calibrate, port)
-            cluster = load_cluster(facts)
+            cluster = load_cluster(path)
             print(
                 f"{rate} Mbit/s between {count} nodes of {per_node} ranks; calibrated: "
                 f"{cluster.nic_gbs.value * 8e3:.0f} Mbit/s across, {cluster.node_gbs.value:.2f} GB/s inside",
@@ -206,7 +207,8 @@ def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, o
                     }
                 )
                 print(f"  {case.name:<30} measured {seconds:7.2f} s   predicted {plan.step_s:7.2f} s", flush=True)
-            found.append({"mbit": rate, "steps": rows, "ratios": ratios(rows)})
+            facts = {name: fact.value for name, fact in cluster.facts().items() if fact.tag == "measured"}
+            found.append({"mbit": rate, "steps": rows, "ratios": ratios(rows), "calibrated": facts})
             port += 1
     return {"nodes": count, "ranks_per_node": per_node, "rates": found}
 
@@ -252,9 +254,9 @@ if __name__ == "__main__":
         print(json.dumps({"skipped": why}))
     else:
         result = main(
-            [int(r) for r in options.get("rates", "100,400").split(",")],
+            [int(r) for r in options.get("rates", "25,100").split(",")],
             int(options.get("nodes", 2)),
             int(options.get("per_node", 2)),
-            int(options.get("steps", 3)),
+            int(options.get("steps", 2)),
         )
         print(json.dumps(result))

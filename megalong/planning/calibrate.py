@@ -79,17 +79,38 @@ def training_matmul_flops(work: Workload, dtype: torch.dtype) -> float:
 
 
 def attention_flops(work: Workload, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of the run's kernel, forward and backward, on a causal tile of the local tokens (visible pairs count)."""
+    """FLOP/s of the run's kernel, forward and backward, over the steps of its ring (visible pairs count).
+
+    One step is the causal tile of the own block, all others are full tiles of all queries and half the keys.
+    """
     shard = work.shard
     S, D = shard.tokens, shard.head_dim
     kernel = kernels.select("auto", device.device(), dtype, D, D**-0.5)
     q, dout = (_random(1, S, shard.heads, D, dtype=dtype).transpose(1, 2) for _ in range(2))
     k, v = (_random(1, S, shard.kv_heads, D, dtype=dtype).transpose(1, 2) for _ in range(2))
-    out, lse = kernel.forward(q, k, v, True)
-    flops = 4 * shard.heads * D * S * (S + 1) / 2
-    forward = slowest_seconds(lambda: kernel.forward(q, k, v, True))
-    backward = slowest_seconds(lambda: kernel.backward(dout, q, k, v, out, lse, True))
-    return flops / forward, 2.5 * flops / backward
+    steps = max(1, work.layout.cp // work.inner)
+    seconds = [0.0, 0.0]
+    for keys, causal, times in ((S, True, 1), (S // 2, False, steps - 1)):
+        if times:
+            k_, v_ = k[:, :, :keys], v[:, :, :keys]
+            out, lse = kernel.forward(q, k_, v_, causal)
+
+            def forward(k_: torch.Tensor = k_, v_: torch.Tensor = v_, causal: bool = causal) -> None:
+                kernel.forward(q, k_, v_, causal)
+
+            def backward(
+                k_: torch.Tensor = k_,
+                v_: torch.Tensor = v_,
+                out: torch.Tensor = out,
+                lse: torch.Tensor = lse,
+                causal: bool = causal,
+            ) -> None:
+                kernel.backward(dout, q, k_, v_, out, lse, causal)
+
+            seconds[0] += times * slowest_seconds(forward)
+            seconds[1] += times * slowest_seconds(backward)
+    flops = steps * 4 * shard.heads * D * S * (S + 1) / 2
+    return flops / seconds[0], 2.5 * flops / seconds[1]
 
 
 def copy_bytes_per_second(size: int) -> float:
@@ -224,9 +245,11 @@ def measure(base: ClusterConfig, work: Workload, gpus_per_node: int, folder: Pat
         "peak_bf16_tflops": measured(peaks[torch.bfloat16] / 1e12, f"best product, {large} cubed or training shapes"),
         "peak_fp32_tflops": measured(peaks[torch.float32] / 1e12, f"best product, {large} cubed or training shapes"),
         "gemm_efficiency": measured(linear / peaks[dtype], f"linears of a layer at {work.local_tokens} tokens"),
-        "attention_forward_efficiency": measured(forward / peaks[dtype], f"causal tile of {work.local_tokens} tokens"),
+        "attention_forward_efficiency": measured(
+            forward / peaks[dtype], f"tiles of a ring of {work.layout.cp}, {work.local_tokens} local tokens"
+        ),
         "attention_backward_efficiency": measured(
-            backward / peaks[dtype], f"causal tile of {work.local_tokens} tokens"
+            backward / peaks[dtype], f"tiles of a ring of {work.layout.cp}, {work.local_tokens} local tokens"
         ),
         "memory_gbs": measured(stream / 1e9, "copy, bytes read and written"),
         "memory_efficiency": measured(element / stream, "norm and gating of a layer, counted bytes"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalong.config.cluster import ClusterConfig
 from megalong.topology.placement import EDGE_CLASSES, Placement, outgoing, ring_edges
@@ -33,17 +33,20 @@ class Wire:
 NOTHING = Wire("self", float("inf"), 0.0)
 
 
-def wire(cluster: ClusterConfig, edge: str, leaving: int = 1) -> Wire:
+def wire(cluster: ClusterConfig, edge: str, leaving: int = 1, exchange: bool = False) -> Wire:
     """Rate of one hop.
 
     Args:
         edge: class of the hop.
         leaving: hops that leave the same node at the same time.
+        exchange: its two ends send to each other at the same time.
     """
+    share = cluster.exchange_share.value if exchange else 1.0
     if edge in ("pair", "node"):
         rate = cluster.pair_gbs.value if edge == "pair" else cluster.node_gbs.value
-        return Wire(edge, rate * 1e9, cluster.node_latency_us.value * 1e-6)
-    rate = cluster.nic_gbs.value * min(1.0, cluster.nics_per_node.value / max(1, leaving))
+        return Wire(edge, rate * share * 1e9, cluster.node_latency_us.value * 1e-6)
+    # what one connection carries, and what a node's interfaces leave to each: whichever is less
+    rate = cluster.nic_gbs.value * min(share, cluster.nics_per_node.value / max(1, leaving))
     if edge == "spine":
         rate *= cluster.spine_share.value
     return Wire(edge, rate * 1e9, cluster.network_latency_us.value * 1e-6)
@@ -65,12 +68,10 @@ def wires(
     counts = Counter(placement.edge(a, b) for a, b in edges)
     leaving = max(outgoing(placement, edges).values(), default=1)
     mutual = exchange or all(len(ring) == 2 for ring in rings)
-    share = placement.cluster.exchange_share.value if mutual else 1.0
     found = []
     for edge in EDGE_CLASSES:
         if counts[edge]:
-            w = wire(placement.cluster, edge, leaving)
-            found.append(Wire(edge, w.bytes_per_second * share, w.latency_s, counts[edge]))
+            found.append(replace(wire(placement.cluster, edge, leaving, mutual), count=counts[edge]))
     return sorted(found, key=lambda w: w.bytes_per_second)
 
 
