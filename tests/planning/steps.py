@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,11 +115,29 @@ def _highest(events: list[tuple[int, int]]) -> int:
     return max(itertools.accumulate((size for _, size in events), initial=0))
 
 
-def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
-    """Profile forward and backward of real steps, after a warm-up step.
+@contextmanager
+def patient_waits(seconds: float = 0.002) -> Iterator[None]:
+    """Give gloo's threads time to let go of their tensors after each collective, as they do on an idle machine.
 
-    The lowest of six peaks counts: gloo's threads let go of tensors late, by chance.
+    A thread drops its reference only after it has woken the waiting rank: whether it still holds the tensor when the
+    rank allocates the next one is otherwise chance.
     """
+    wait = dist.Work.wait
+
+    def patient(work: dist.Work, *args: Any) -> Any:
+        done = wait(work, *args)
+        time.sleep(seconds)
+        return done
+
+    dist.Work.wait = patient  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        dist.Work.wait = wait  # type: ignore[method-assign]
+
+
+def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
+    """Profile forward and backward of real steps, after a warm-up step; the lowest of three peaks counts."""
     from torch.profiler import ProfilerActivity, profile
 
     from megalong.training.step import forward_backward
@@ -128,7 +149,7 @@ def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
     saved = 0
     if layout.pp == 1:
         batch = next(trainer.batches())
-        with profile(**settings) as prof:
+        with patient_waits(), profile(**settings) as prof:
             losses = trainer.model[0](
                 input_ids=batch["tokens"], position_ids=None, attention_mask=None, labels=batch["labels"]
             )
@@ -137,8 +158,8 @@ def measure_memory(overrides: list[str], keep_events: bool = False) -> Memory:
         del losses
     micro_batches = (config.train.global_batch_size or 1) // layout.dp
     peaks, events = [], []
-    for _ in range(6):
-        with profile(**settings) as prof:
+    for _ in range(3):
+        with patient_waits(), profile(**settings) as prof:
             forward_backward(config, trainer.model, trainer.batches(), micro_batches)
         events = _allocations(prof)
         peaks.append(_highest(events))
