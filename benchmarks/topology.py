@@ -213,24 +213,33 @@ def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, o
     return {"nodes": count, "ranks_per_node": per_node, "rates": found}
 
 
+PAIRS = (
+    ("one ring", "rings inside"),
+    ("rings inside, ranks dealt out", "rings inside"),
+    ("heads inside", "rings inside"),
+    ("one ring", "heads inside"),
+)
+
+
 def ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Each layout's step against that of rings inside the nodes, measured and predicted."""
-    base = next(r for r in rows if r["layout"] == "rings inside")
+    """One layout's step against another's, measured and predicted."""
+
+    def seconds(name: str, key: str) -> float:
+        return float(str(next(r[key] for r in rows if r["layout"] == name)))
+
     found = []
-    for row in rows:
-        if row is base:
-            continue
-        measured = float(str(row["measured_s"])) / float(str(base["measured_s"]))
-        expected = float(str(row["predicted_s"])) / float(str(base["predicted_s"]))
+    for slow, fast in PAIRS:
+        measured, expected = (seconds(slow, key) / seconds(fast, key) for key in ("measured_s", "predicted_s"))
         found.append(
             {
-                "layout": row["layout"],
+                "layout": slow,
+                "against": fast,
                 "slower_measured": measured,
                 "slower_predicted": expected,
                 "predicted_over_measured": expected / measured,
             }
         )
-        print(f"  {row['layout']:<30} slower by {measured:5.2f} measured, {expected:5.2f} predicted", flush=True)
+        print(f"  {slow} : {fast} = {measured:.2f} measured, {expected:.2f} predicted", flush=True)
     return found
 
 

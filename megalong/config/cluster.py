@@ -89,7 +89,10 @@ class ClusterConfig:
     network_latency_us: Fact = _unknown(20)
     """Start of a transfer between nodes, microseconds."""
     exchange_share: Fact = _unknown(1)
-    """Share of a wire's rate that each direction keeps while the same two ranks send to each other (gloo: half)."""
+    """Share of a wire's rate inside a node that each direction keeps while the same two ranks send to each other (gloo:
+    half)."""
+    network_exchange_share: Fact = _unknown(1)
+    """The same between two nodes."""
     reduce_scatter_cost: Fact = _unknown(1)
     """Time of a reduce-scatter relative to an all-gather of the same tensor (gloo sums in an all-reduce: 2)."""
     host_device_gbs: Fact = _unknown(10)

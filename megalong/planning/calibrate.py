@@ -7,7 +7,7 @@ Collective: every rank calls every function; results are the slowest rank's, the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megalong.planning.workload import Workload
 from megalong.runtime import device
 
 SIZES = (4096, 65536, 524288, 2097152)  # messages, bytes; more on CUDA
+SIZES_INSIDE = (4096, 524288, 4194304, 16777216)  # inside a node, where the largest of SIZES is over in a blink
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,18 @@ def host_device_bytes_per_second(size: int) -> float:
     return size / slowest_seconds(lambda: there.copy_(host, non_blocking=True))
 
 
-def flows(send_to: dict[int, int]) -> Line:
+def flows(send_to: dict[int, int], sizes: Sequence[int] = SIZES) -> Line:
     """Time of messages that travel at the same time, by size.
 
     Args:
         send_to: sender -> receiver; a rank sends at most one message and receives at most one.
+        sizes: bytes, smallest first.
     """
     rank = dist.get_rank()
     target = send_to.get(rank)
     source = {b: a for a, b in send_to.items()}.get(rank)
     seconds = []
-    sizes = [size * (16 if device.on_cuda() else 1) for size in SIZES]
+    sizes = [size * (16 if device.on_cuda() else 1) for size in sizes]
     for size in sizes:
         out = torch.zeros(size, dtype=torch.uint8, device=device.device())
         back = torch.empty_like(out)
@@ -271,8 +273,8 @@ def _wires(gpus_per_node: int, nodes: int, measured: Callable[[float, str], Fact
     world = gpus_per_node * nodes
     pairs = {r: r + 1 for r in range(0, world - 1, 2) if (r + 1) // gpus_per_node == r // gpus_per_node}
     if pairs:
-        inside = flows(pairs)
-        both = flows(pairs | {b: a for a, b in pairs.items()})
+        inside = flows(pairs, SIZES_INSIDE)
+        both = flows(pairs | {b: a for a, b in pairs.items()}, SIZES_INSIDE)
         found["node_gbs"] = found["pair_gbs"] = measured(inside.bytes_per_second / 1e9, "to a neighbour in the node")
         found["node_latency_us"] = measured(inside.latency_s * 1e6, "4 KiB to a neighbour in the node")
         share = min(1.0, both.bytes_per_second / inside.bytes_per_second)
@@ -285,6 +287,10 @@ def _wires(gpus_per_node: int, nodes: int, measured: Callable[[float, str], Fact
             return {n * gpus_per_node + i: (n + 1) % nodes * gpus_per_node + (i + 1) % gpus_per_node for n, i in hops}
 
         one, every = flows(across(1)), flows(across(gpus_per_node))
+        ends = {n * gpus_per_node + gpus_per_node - 1: (n + 1) * gpus_per_node for n in range(0, nodes - 1, 2)}
+        mutual = flows(ends | {b: a for a, b in ends.items()})
+        share = min(1.0, mutual.bytes_per_second / one.bytes_per_second)
+        found["network_exchange_share"] = measured(share, "two ranks on two nodes to each other, against one hop")
         found["nic_gbs"] = measured(one.bytes_per_second / 1e9, "one ring hop out of every node")
         found["network_latency_us"] = measured(one.latency_s * 1e6, "4 KiB to the next node")
         together = gpus_per_node * every.bytes_per_second / one.bytes_per_second

@@ -41,10 +41,11 @@ def wire(cluster: ClusterConfig, edge: str, leaving: int = 1, exchange: bool = F
         leaving: hops that leave the same node at the same time.
         exchange: its two ends send to each other at the same time.
     """
-    share = cluster.exchange_share.value if exchange else 1.0
     if edge in ("pair", "node"):
+        share = cluster.exchange_share.value if exchange else 1.0
         rate = cluster.pair_gbs.value if edge == "pair" else cluster.node_gbs.value
         return Wire(edge, rate * share * 1e9, cluster.node_latency_us.value * 1e-6)
+    share = cluster.network_exchange_share.value if exchange else 1.0
     # what one connection carries, and what a node's interfaces leave to each: whichever is less
     rate = cluster.nic_gbs.value * min(share, cluster.nics_per_node.value / max(1, leaving))
     if edge == "spine":
