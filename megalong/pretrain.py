@@ -41,7 +41,11 @@ def main(process: launch.Process) -> int:
     if "--cfg" in sys.argv[1:]:
         console.say(to_yaml(config))
         return 0
+    from megalong.training.signals import StopRequest
+
+    stop = StopRequest()
     from megalong.planning.choose import check_fits
+    from megalong.planning.duration import checkpoint_bytes
     from megalong.planning.plan import plan_of
 
     plan = plan_of(config)
@@ -51,15 +55,17 @@ def main(process: launch.Process) -> int:
 
         device.install()
         from megalong.training.loop import StageRun
+        from megalong.training.room import check_room
         from megalong.training.start import plan_data, plan_start
     console.quiet_libraries()
     from megalong.recipe.layout import layout_of
     from megalong.topology.groups import initialize
 
     start = plan_start(config)
+    check_room(config, checkpoint_bytes(plan.work))
     announcements = [start.text]
     train, held_out = plan_data(config, announcements)
-    launch.init_process_group(process, timeout_s=plan.collective_timeout_s)
+    launch.init_process_group(process, plan.collective_timeout_s, config.train.heartbeat_s)
     initialize(layout_of(config), config.attention.hierarchical_context_parallel_sizes)
     stage = config.stage
     console.say(
@@ -69,7 +75,7 @@ def main(process: launch.Process) -> int:
     )
     for line in announcements:
         console.say(line)
-    return StageRun(config, start, train, held_out).run()
+    return StageRun(config, start, train, held_out, stop).run()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 from megalong.attention.kernels import Cuts, Grads, Kernel
 from megalong.attention.merge import accumulation_dtype, merge_
+from megalong.attention.meters import kernel_call
 from megalong.attention.tiles import Tile, Tiles
 
 
@@ -63,13 +64,13 @@ def forward_first(
     out_dtype = q.dtype if alone else wide
     causal = calls(tuple(t for t in tiles if t.causal), kernel)
     if len(causal) == 1:
-        out, lse = kernel.forward(q, k, v, True, causal[0].cuts)
+        out, lse = kernel_call(kernel.forward, q, k, v, True, causal[0].cuts)
         out, lse = out.to(out_dtype), lse.to(wide)
     else:
         out = empty_bhsd(q, out_dtype)
         lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
         for t, cuts in causal:
-            part = kernel.forward(_q(q, t), _k(k, t), _k(v, t), True, cuts)
+            part = kernel_call(kernel.forward, _q(q, t), _k(k, t), _k(v, t), True, cuts)
             _q(out, t).copy_(part[0])
             lse[:, :, t.q0 : t.q1].copy_(part[1])
     forward_more(kernel, q, k, v, tuple(t for t in tiles if not t.causal), out, lse)
@@ -87,7 +88,7 @@ def forward_more(
 ) -> None:
     """Merge attention to further keys into the running (out, lse), in place."""
     for t in tiles:
-        part_out, part_lse = kernel.forward(_q(q, t), _k(k, t), _k(v, t), t.causal)
+        part_out, part_lse = kernel_call(kernel.forward, _q(q, t), _k(k, t), _k(v, t), t.causal)
         merge_(_q(out, t), lse[:, :, t.q0 : t.q1], part_out, part_lse)
         del part_out, part_lse  # before the next call makes its own
 
@@ -185,7 +186,9 @@ def _backward_of(
 ) -> Grads:
     t = call.tile
     lse_ = lse[:, :, t.q0 : t.q1]
-    return kernel.backward(_q(dout, t), _q(q, t), _k(k, t), _k(v, t), _q(out, t), lse_, t.causal, call.cuts)
+    return kernel_call(
+        kernel.backward, _q(dout, t), _q(q, t), _k(k, t), _k(v, t), _q(out, t), lse_, t.causal, call.cuts
+    )
 
 
 def _q(x: torch.Tensor, t: Tile) -> torch.Tensor:

@@ -1,9 +1,12 @@
-"""How many bytes do the attention collectives move, and how long does compute wait for them?
+"""How many bytes do the attention collectives move, how long does compute wait for them, and how long does it work?
 
 Off by default and then free: every collective looks at one module variable. Inside `recording()` (or between
 `start()` and `stop()`) each collective adds its payload bytes by kind and each wait adds its exposed time.
 Waiting is wall time on the CPU; on CUDA it is the time the compute stream stood still, from a pair of events that
 are read only when the meter is asked.
+
+`Stopwatch` times the block kernels themselves. They wait for nobody, and the zigzag gives all ranks the same work: a
+rank whose kernels take longer than the others' is a slow device, however much the collectives make all wait alike.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,6 +86,54 @@ def count(kind: str, sent: int, received: int) -> None:
         _meter.sent[kind] += sent
         _meter.received[kind] += received
         _meter.calls[kind] += 1
+
+
+class Stopwatch:
+    """Time that block kernels took on this rank, between two readings."""
+
+    def __init__(self) -> None:
+        self._host_seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the kernels called inside the block."""
+        global _stopwatch
+        _stopwatch, before = self, _stopwatch
+        try:
+            yield
+        finally:
+            _stopwatch = before
+
+    def read(self) -> float:
+        """Seconds since the last reading; waits for the device where that is CUDA."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._host_seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events.clear()
+        seconds, self._host_seconds = self._host_seconds, 0.0
+        return seconds
+
+
+_stopwatch: Stopwatch | None = None
+
+
+def kernel_call(call: Callable[..., T], *args: Any) -> T:
+    """Call a block kernel, timed if a stopwatch runs."""
+    watch = _stopwatch
+    if watch is None:
+        return call(*args)
+    if torch.cuda.is_available():
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        result = call(*args)
+        after.record()
+        watch._events.append((before, after))
+        return result
+    began = time.perf_counter()
+    result = call(*args)
+    watch._host_seconds += time.perf_counter() - began
+    return result
 
 
 def timed(wait: Callable[[], object]) -> None:

@@ -6,13 +6,15 @@ newest; it is replaced in one step, and when it is missing, empty or points to n
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 
+from megalong.checkpoint.checksums import Checksums
 from megalong.runtime.console import warn
 from megalong.runtime.errors import CheckpointError
-from megalong.runtime.files import PARTIAL, write_text
+from megalong.runtime.files import PARTIAL, sync, write_text
 
 POINTER = "latest"
 COMMIT_MARK = "metadata.json"  # megatron-core writes it last
@@ -41,16 +43,47 @@ def whole_ones(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest whole one with a warning; None where there is none."""
+    """The checkpoint that `latest` names, or the newest sound one with a warning; None where there is none."""
     pointer = root / POINTER
     name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-    if name and is_whole(root / name):
-        return root / name
     whole = whole_ones(root)
-    if pointer.exists():
-        what = f"names {name!r}, which is not a whole checkpoint" if name else "is empty"
-        warn(f"{pointer} {what}; " + (f"falling back to {whole[-1].name}." if whole else "and no other one is there."))
-    return whole[-1] if whole else None
+    named = [root / name] if name and is_whole(root / name) else []
+    for folder in [*named, *(p for p in reversed(whole) if p not in named)]:
+        wrong = _damage(folder)
+        if wrong is None:
+            if pointer.exists() and folder not in named:
+                what = f"names {name!r}, which is not a sound checkpoint" if name else "is empty"
+                warn(f"{pointer} {what}; falling back to {folder.name}.")
+            return folder
+        warn(f"{wrong} Not used.")
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the records that are read before the tensors are; None: nothing."""
+    try:
+        checksums = Checksums(folder)
+        for name in ("config.yaml", "megalong.json", COMMIT_MARK):
+            checksums.check(name)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def older(root: Path, folder: Path) -> Path | None:
+    """The newest sound checkpoint of an earlier step than `folder`'s."""
+    step = step_of(folder) or 0
+    return next((p for p in reversed(whole_ones(root)) if (step_of(p) or 0) < step and _damage(p) is None), None)
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a checkpoint so that nothing loads or prunes it: `step_00000010.<why>`; returns the new path."""
+    target = folder.with_name(f"{folder.name}.{why}")
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(folder, target)
+    sync(folder.parent)
+    return target
 
 
 def point_to(root: Path, folder: Path) -> None:

@@ -1,17 +1,10 @@
-"""How is a running training saved and brought back, exactly? megatron-core's dist_checkpointing in a folder that
-gets its name only when it is whole.
-
-A save goes to `step_00000010.partial`: sharded model and optimizer (any later TP, PP, CP, DP can load them), the
-common state (step, cursor, random generators), `config.yaml`, `megalong.json` and `checksums.json`. When all ranks
-have written, everything is synced, the folder is renamed, and only then does `latest` point to it.
-"""
+"""How is a saved training brought back, exactly, on any layout? What `saving` wrote, through megatron-core's
+dist_checkpointing."""
 
 from __future__ import annotations
 
 import functools
-import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +16,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megalong.checkpoint import pointer, writer
 from megalong.checkpoint.checksums import CHECKSUMS, Checksums
-from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
 from megalong.runtime.errors import CheckpointError
-from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, sync, write_text
 
 
-def _metadata() -> dict[str, Any]:
+def metadata() -> dict[str, Any]:
     """The canonical form of the optimizer state: one tensor per parameter, so that TP and PP may change between runs.
     A new dict every time, because megatron-core notes its process groups in it."""
     return {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def save(
-    root: Path,
-    *,
-    step: int,
-    model: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    state: dict[str, Any],
-    info: CheckpointInfo,
-    config_yaml: str,
-    carried: Path | None,
-) -> Path:
-    """Write one whole checkpoint below `root`; every rank calls this.
-
-    Args:
-        root: `run_dir/checkpoints`.
-        state: plain values that are the same on every rank (cursor, counters).
-        info: what `megalong.json` says.
-        carried: folder with tokenizer and generation files that travel along to the next Hugging Face export.
-
-    Returns:
-        the folder of the checkpoint.
-    """
-    target = pointer.folder_of(root, step)
-    partial = partial_of(target)
-    first = dist.get_rank() == 0
-    if first:
-        fresh_folder(partial)
-        if target.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(target)
-    dist.barrier()
-    sharded_model = _module(model).sharded_state_dict(metadata=_metadata())
-    everything = {
-        "model": sharded_model,
-        "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=_metadata()),
-        "state": {**state, "step": step, "rng": _rng_state()},
-    }
-    with writer.in_process():
-        dist_checkpointing.save(everything, str(partial), content_metadata=_metadata())
-    if first:
-        write_text(partial / "config.yaml", config_yaml)
-        write_info(partial, info)
-        if carried is not None:
-            carry_files(carried, partial / HF_FILES)
-    _write_checksums(partial)
-    if first:
-        commit_folder(partial, target)
-        pointer.point_to(root, target)
-    dist.barrier()
-    return target
 
 
 def load_run(folder: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, Any]:
@@ -94,13 +33,13 @@ def load_run(folder: Path, model: list[DistributedDataParallel], optimizer: Mega
         CheckpointError: the files do not hold this model or this optimizer.
     """
     _prepare_to_load(optimizer)
-    sharded_model = _module(model).sharded_state_dict(metadata=_metadata())
+    sharded_model = module_of(model).sharded_state_dict(metadata=metadata())
     wanted = {
         "model": sharded_model,
-        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=_metadata()),
+        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=metadata()),
     }
     loaded = _load(wanted, folder)
-    _module(model).load_state_dict(loaded["model"])
+    module_of(model).load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     _own_steps(optimizer)
     state = loaded["state"]
@@ -114,8 +53,8 @@ def load_weights(folder: Path, model: list[DistributedDataParallel]) -> None:
     Raises:
         CheckpointError: the files do not hold this model.
     """
-    loaded = _load({"model": _module(model).sharded_state_dict(metadata=_metadata())}, folder)
-    _module(model).load_state_dict(loaded["model"])
+    loaded = _load({"model": module_of(model).sharded_state_dict(metadata=metadata())}, folder)
+    module_of(model).load_state_dict(loaded["model"])
 
 
 def verify_checksums(folder: Path) -> None:
@@ -132,7 +71,7 @@ def verify_checksums(folder: Path) -> None:
         checksums.check(name)
 
 
-def _module(model: list[DistributedDataParallel]) -> Any:
+def module_of(model: list[DistributedDataParallel]) -> Any:
     assert len(model) == 1, "one model chunk per rank"
     return model[0].module
 
@@ -177,25 +116,6 @@ def _set_with_step(part: Any, model_parameter: Any, tensors: dict[str, Any]) -> 
     group, order = part.model_param_group_index_map[model_parameter]
     state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
     type(part)._set_main_param_and_optimizer_states(part, model_parameter, {"step": state["step"], **tensors})
-
-
-def _write_checksums(partial: Path) -> None:
-    """Each rank reads its share of the files; rank 0 writes the list."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    dist.barrier()
-    names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
-    mine = {n: {"bytes": (partial / n).stat().st_size, "sha256": sha256_of(partial / n)} for n in names[rank::world]}
-    for name in mine:
-        sync(partial / name)
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, mine)
-    if rank == 0:
-        merged = {name: entry for part in gathered for name, entry in part.items()}
-        write_text(partial / CHECKSUMS, json.dumps(dict(sorted(merged.items())), indent=1) + "\n")
-
-
-def _rng_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
 
 def _restore_rng(state: dict[str, Any]) -> None:

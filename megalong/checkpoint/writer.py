@@ -13,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 _WRITER = filesystem_async.FileSystemWriterAsync
 
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """Synchronous saves inside the block write their files in this process."""
+    """Saves that are begun inside the block write their files in this process."""
     processes, results = _WRITER.write_preloaded_data_multiproc, filesystem_async._results_queue
     _WRITER.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
     filesystem_async._results_queue = queue.Queue()
@@ -28,6 +30,26 @@ def in_process() -> Iterator[None]:
         yield
     finally:
         _WRITER.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(processes), results
+
+
+def staged(request: AsyncRequest, copy: bool) -> list[Any]:
+    """Arguments of the request's writing function, with all tensors in host memory.
+
+    Args:
+        copy: the tensors will change while they are written. Those on a GPU are copied by being brought here.
+    """
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        held = {id(tensor) for _, _, (_, tensors) in arguments[1] for _, tensor in tensors}
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if copy and id(tensor) in held else tensor
+
+        arguments[1] = [
+            (file, key, (data, [(item, own(tensor)) for item, tensor in tensors]))
+            for file, key, (data, tensors) in request.preload_fn()
+        ]
+    return arguments
 
 
 def _write_in_threads(
@@ -46,5 +68,7 @@ def _write_in_threads(
     with ThreadPoolExecutor(max(1, len(buckets)), thread_name_prefix="checkpoint") as threads:
         list(threads.map(write, range(len(buckets)), buckets))
     found = dict(answers.get_nowait() for _ in buckets)
-    failed = next((answer for answer in found.values() if isinstance(answer, Exception)), None)
-    results.put(failed or found)
+    for answer in found.values():
+        if isinstance(answer, Exception):
+            raise answer
+    results.put(found)

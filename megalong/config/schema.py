@@ -176,6 +176,8 @@ class TrainConfig:
     """Activation recompute: none, selective (attention only), full (every layer)."""
     non_finite: str = "skip"
     """What a loss or gradient that is not finite does: skip (leave the step out and count it) or stop (exit code 2)."""
+    heartbeat_s: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost and the run ends."""
     loss_chunk: int = 1024
     """Local tokens whose logits exist at one time; 0: all at once."""
 
@@ -186,10 +188,16 @@ class CheckpointConfig:
 
     save_steps: int = 10
     """Steps between saves; 0: only at the end."""
+    save_minutes: float = 0.0
+    """Minutes after which a save is due, whatever the step; 0: never."""
     keep: int = 2
-    """Newest checkpoints kept besides the last of the stage."""
+    """Newest checkpoints kept besides the last of the stage, which stays."""
+    asynchronous: bool | None = None
+    """Copy to host memory and write beside the training. None: on CUDA."""
     resume: bool = True
     """Continue from the newest whole checkpoint in run_dir when there is one."""
+    allow_changed: list[str] = field(default_factory=list)
+    """Settings that may differ from the run being resumed though they change what is trained: [train.lr, data.path]."""
 
 
 @dataclass

@@ -165,11 +165,16 @@ def ring_bytes_per_step(work: Workload) -> int:
     return sum(size for (group, kind), size in sent.items() if group == name and kind in ("send", "all_gather"))
 
 
-def checkpoint_seconds(work: Workload, cluster: ClusterConfig) -> float:
-    """Time of writing one checkpoint: weights, fp32 master weights and two moments."""
+def checkpoint_bytes(work: Workload) -> int:
+    """Bytes of one checkpoint: weights, fp32 master weights and two moments, each once."""
     parameters = sum(
         p.numel * (1 if p.replicated else work.layout.tp)
         for stage in range(work.layout.pp)
         for p in rank_parameters(work.model, work.layout.tp, work.layout.pp, stage)
     )
-    return parameters * (work.element_bytes + 12) / (cluster.storage_gbs.value * 1e9)
+    return parameters * (work.element_bytes + 12)
+
+
+def checkpoint_seconds(work: Workload, cluster: ClusterConfig) -> float:
+    """Time of writing one checkpoint."""
+    return checkpoint_bytes(work) / (cluster.storage_gbs.value * 1e9)

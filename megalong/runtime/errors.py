@@ -6,6 +6,7 @@ Anything else is a defect of ours and keeps its traceback.
 """
 
 EXIT_OK = 0
+EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
 EXIT_SAVED_ON_SIGNAL = 85
 EXIT_NO_PROGRESS = 93
@@ -13,6 +14,8 @@ EXIT_NO_PROGRESS = 93
 
 class UserError(Exception):
     """A mistake in what was asked for or in a file that was given; the text says how to mend it."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 class ConfigError(UserError):
@@ -37,3 +40,9 @@ class DataError(UserError):
 
 class CanaryError(UserError):
     """Information does not travel through the context-parallel group as it must."""
+
+
+class NoProgressError(UserError):
+    """A restarted job begins where its last attempt began: another attempt would end the same way."""
+
+    exit_code = EXIT_NO_PROGRESS

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from megalong.runtime.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, UserError
+from megalong.runtime.watchdog import Watchdog
 
 T = TypeVar("T")
+
+_watchdog: Watchdog | None = None
 
 
 @dataclass(frozen=True)
@@ -76,28 +79,34 @@ def _first_host(nodelist: str) -> str:
     return prefix + (re.split(r"[-,]", inside)[0] if inside else "") + (suffix or "")
 
 
-def init_process_group(process: Process, timeout_s: float) -> None:
-    """Join all ranks into one torch.distributed world (nccl on GPUs, gloo on CPUs).
+def init_process_group(process: Process, timeout_s: float, silent_after_s: float = 60.0) -> None:
+    """Join all ranks into one torch.distributed world (nccl on GPUs, gloo on CPUs) and watch over them.
 
     Args:
         timeout_s: seconds after which a collective that nobody answers fails.
+        silent_after_s: seconds without a sign of life after which a rank counts as lost.
     """
     import torch.distributed as dist
 
     from megalong.runtime import device
 
+    global _watchdog
+    timeout = timedelta(seconds=timeout_s)
     device.set_cuda_device(process.local_rank)
     if process.launcher == "single":
-        dist.init_process_group(
-            device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
-        )
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     host, port = master_address()
     os.environ.setdefault("MASTER_ADDR", host)
     os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(
-        device.backend(), rank=process.rank, world_size=process.world_size, timeout=timedelta(seconds=timeout_s)
-    )
+    dist.init_process_group(device.backend(), rank=process.rank, world_size=process.world_size, timeout=timeout)
+    patience = timedelta(seconds=silent_after_s)
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives an attempt
+    keys = dist.PrefixStore(f"megalong/{attempt}", store)
+    _watchdog = Watchdog(keys, process.rank, process.world_size, silent_after_s, 0.9 * timeout_s)
+    dist.barrier()
+    _watchdog.start()
 
 
 def together(fn: Callable[[], T]) -> T:
@@ -131,29 +140,42 @@ def together(fn: Callable[[], T]) -> T:
 
 
 def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
-    """Run an entry point; a `UserError` is printed once, by rank 0, without a traceback.
+    """Run an entry point; what ends it is printed once, whichever rank it happened on.
+
+    A `UserError` is printed without a traceback; on anything else the run ends on all ranks within seconds, naming
+    the rank, with its traceback (`watchdog`).
 
     Args:
         entry: takes this process and returns an exit code.
-        wait_s: seconds that the other ranks leave to rank 0 for speaking first: torchrun ends all ranks as soon
-            as one has gone.
+        wait_s: seconds that the other ranks leave to rank 0 for speaking before the ranks have met: torchrun ends all
+            as soon as one has gone.
 
     Returns:
         the exit code.
     """
+    global _watchdog
     process = this_process()
     try:
         code = entry(process)
     except UserError as error:
+        if _watchdog is not None:
+            _watchdog.end(str(error), code=error.exit_code)
         if process.is_first:
             print(f"\nmegalong: {error}\n", file=sys.stderr, flush=True)
         elif process.launcher == "torchrun":
             time.sleep(wait_s)
-        code = EXIT_USER_ERROR
+        code = error.exit_code
+    except Exception as error:
+        if _watchdog is not None:
+            _watchdog.crashed(error)
+        raise
     import torch.distributed as dist
 
-    if code in (EXIT_OK,) and dist.is_initialized():
-        dist.barrier()  # the store lives on rank 0: nobody may still need it
     if dist.is_initialized():
+        if code in (EXIT_OK, EXIT_SAVED_ON_SIGNAL):
+            dist.barrier()  # the store lives on rank 0: nobody may still need it
+        if _watchdog is not None:
+            _watchdog.close()
+            _watchdog = None
         dist.destroy_process_group()
     return code

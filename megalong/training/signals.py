@@ -5,16 +5,11 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from megalong.runtime import device
-
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Notes signals from now on; ranks agree once a step, so that all stop after the same one."""
+    """Notes signals from now on; ranks agree once a step (`agreement`), so that all stop after the same one."""
 
     def __init__(self) -> None:
         self._name: str | None = None
@@ -24,8 +19,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._name = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether any rank has been asked to stop; every rank calls this and gets the same answer."""
-        asked = torch.tensor(float(self._name is not None), device=device.device())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+    @property
+    def asked(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self._name is not None

@@ -6,7 +6,7 @@ random weights and a small corpus of real text stand in for what is missing, and
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megalong.recipe.stages import predecessor_point
 from megalong.rope.theta import RotaryPoint, check_follows
 from megalong.runtime.errors import CheckpointError, ConfigError
 from megalong.runtime.files import PARTIAL
+from megalong.training.same_run import check_same_run
 
 CACHE = Path.home() / ".cache" / "megalong"
 SHAPE = (
@@ -64,8 +65,9 @@ def plan_start(config: Config) -> Start:
     root = Path(config.run_dir) / "checkpoints"
     found = pointer.newest(root)
     if found is not None and config.checkpoint.resume:
-        _check_same_run(config, found)
-        return Start("resume", found, f"resuming from {found}", read_info(found).hf_config)
+        changed = check_same_run(config, found)
+        text = f"resuming from {found}" + "".join(f"\n  changed: {line}" for line in changed)
+        return Start("resume", found, text, read_info(found).hf_config)
     if found is not None:
         raise ConfigError(
             f"checkpoint.resume=false, but {root} already holds {found.name}. Choose another run_dir, or resume."
@@ -83,7 +85,7 @@ def plan_start(config: Config) -> Start:
     if (path / "config.json").is_file() and not (path / pointer.COMMIT_MARK).is_file():
         kind, hf_config = "hf", read_hf_config(path)
     else:
-        path = pointer.resolve(path)
+        path = _finished(pointer.resolve(path), path)
         kind, hf_config = "megatron", read_info(path).hf_config
     where = f"init_from={path}"
     model = model_from_hf(hf_config, where)
@@ -91,6 +93,25 @@ def plan_start(config: Config) -> Start:
     expected = predecessor_point(config.stage, config.model, config.scale)
     check_follows(RotaryPoint(model.rope_theta, model.max_position_embeddings), expected, where)
     return Start(kind, path, f"weights from {path}", hf_config)
+
+
+def _finished(folder: Path, given: Path) -> Path:
+    """The checkpoint that a run_dir stands for must be the end of its stage; one that is named itself may be any.
+
+    Raises:
+        CheckpointError: the stage in that run_dir has not been trained to its end.
+    """
+    info = read_info(folder)
+    config = folder / "config.yaml"
+    if folder == given or not config.is_file() or pointer.step_of(folder) is None:
+        return folder
+    steps = from_yaml(config.read_text(encoding="utf-8")).train.steps
+    if steps is not None and info.step < steps:
+        raise CheckpointError(
+            f"init_from={given}: its stage {info.stage} has only come to step {info.step} of {steps}. Let it finish, "
+            f"or name the checkpoint itself: init_from={folder}."
+        )
+    return folder
 
 
 def _without_init(config: Config) -> Start:
@@ -125,32 +146,6 @@ def _check_model(config: Config, found: ModelConfig, where: str) -> None:
         raise CheckpointError(
             f"{where} is another model than model={config.model.name}: {', '.join(differences)}. "
             "Choose another model=..., or override these fields (model.<field>=...)."
-        )
-
-
-def _check_same_run(config: Config, folder: Path) -> None:
-    """A resume may change the layout or the machines, not what is being trained."""
-    before = from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-    meaning = {
-        "stage.name": (before.stage.name, config.stage.name),
-        "stage.seq_length": (before.stage.seq_length, config.stage.seq_length),
-        "stage.theta": (before.stage.theta, config.stage.theta),
-        "train.steps": (before.train.steps, config.train.steps),
-        "train.lr": (before.train.lr, config.train.lr),
-        "train.global_batch_size": (before.train.global_batch_size, config.train.global_batch_size),
-        "attention.document_mask": (before.attention.document_mask, config.attention.document_mask),
-        "precision": (before.precision, config.precision),
-        "seed": (before.seed, config.seed),
-    }
-    for field in fields(ModelConfig):
-        meaning[f"model.{field.name}"] = (getattr(before.model, field.name), getattr(config.model, field.name))
-    for name, value in asdict(config.optimizer).items():
-        meaning[f"optimizer.{name}"] = (getattr(before.optimizer, name), value)
-    changed = [f"{key} {old} -> {new}" for key, (old, new) in meaning.items() if old != new]
-    if changed:
-        raise ConfigError(
-            f"{folder} belongs to a run with other settings: {'; '.join(changed)}. Use the same settings to resume it, "
-            "or another run_dir to start anew."
         )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from megalong.config.schema import Config
 from megalong.data.loader import MicroBatch
 from megalong.runtime import device
+from megalong.runtime.watchdog import enter
 from megalong.training.schedule import learning_rate
 
 
@@ -96,6 +97,7 @@ def train_step(
     optimizer.zero_grad()
     micro_batches = config.train.global_batch_size // (config.topology.dp or 1)
     loss, tokens = forward_backward(config, model, batches, micro_batches)
+    enter("optimizer")
     grad_norm, updated = _update(optimizer, loss)
     return StepResult(loss, tokens, grad_norm, lr, updated)
 
@@ -162,7 +164,9 @@ def _run(
     target = device.device()
 
     def forward_step(source: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        enter("reading data")
         batch = next(source)
+        enter("forward and backward")
         mask = batch["loss_mask"].to(target)
         losses = chunk(
             input_ids=batch["tokens"].to(target),

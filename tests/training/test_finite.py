@@ -57,4 +57,4 @@ def test_skip_leaves_weights_and_moments_as_they_were_on_every_rank(
 def test_stop_names_step_rank_and_samples(ranks: RankPool, tmp_path: Path) -> None:
     for *_, message, _ in ranks.run(poisoned_second_step, 2, str(tmp_path), "stop", ["topology.cp=2"]):
         assert "step 2: " in message
-        assert "not finite on rank 1, samples 4 to 7" in message
+        assert "not finite on rank 1. Samples 4 to 7 of the run: sequences " in message

@@ -1,7 +1,6 @@
 """A signal on one rank ends the step on all: saved, exit code 85, and the resumed run is the unbroken one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.runtime.processes import free_port, slurm_like
 
 REPO = Path(__file__).parents[2]
 
@@ -19,8 +20,7 @@ def command(run_dir: Path) -> list[str]:
 
 
 def start(run_dir: Path, rank: int, world: int, port: int) -> subprocess.Popen:
-    env = os.environ | {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world), "SLURM_LOCALID": str(rank)}
-    env |= {"SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = slurm_like(rank, world, port)
     return subprocess.Popen(command(run_dir), cwd=REPO, env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -35,7 +35,8 @@ def wait_for_steps(run_dir: Path, steps: int, processes: list[subprocess.Popen])
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_on_one_rank_saves_and_exits_with_85_on_all(tmp_path: Path, number: signal.Signals) -> None:
-    processes = [start(tmp_path, rank, 2, 23450 + number) for rank in range(2)]
+    port = free_port()
+    processes = [start(tmp_path, rank, 2, port) for rank in range(2)]
     wait_for_steps(tmp_path, 3, processes)
     processes[1].send_signal(number)
     outputs = [p.communicate(timeout=120)[0] for p in processes]

@@ -1,0 +1,41 @@
+"""Is there room on the disk for what the run will save? Asked before any GPU time is spent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megalong.config.schema import Config
+from megalong.runtime.errors import ConfigError
+
+
+def check_room(config: Config, checkpoint_bytes: int) -> None:
+    """Compare the run's checkpoints with the disk of its run_dir.
+
+    Args:
+        checkpoint_bytes: size of one.
+
+    Raises:
+        ConfigError: no; the text says how much is needed and what is there.
+    """
+    assert config.run_dir is not None
+    settings = config.checkpoint
+    saves = -(-(config.train.steps or 1) // settings.save_steps) if settings.save_steps else 1
+    if settings.save_minutes:
+        saves = config.train.steps or 1
+    # one more than is kept exists while it is written
+    wanted = min(saves, max(1, settings.keep) + 1) * checkpoint_bytes
+    folder = Path(config.run_dir).absolute()
+    there = sum(f.stat().st_size for f in (folder / "checkpoints").glob("step_*/**/*") if f.is_file())
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < wanted - there:
+        raise ConfigError(
+            f"run_dir={config.run_dir}: its disk has {free / 2**30:.2f} GiB free, and {wanted / 2**30:.2f} GiB are "
+            f"needed for checkpoints of {checkpoint_bytes / 2**30:.2f} GiB (checkpoint.keep={settings.keep}, and "
+            "one while it is written). Make room, choose another run_dir, or lower checkpoint.keep."
+        )
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run_dir={config.run_dir}: {folder} cannot be written. Choose another run_dir.")
