@@ -1,0 +1,237 @@
+"""What exactly is handed to Slurm? Renders the job script of a stage from its plan, then submits or prints it.
+
+  slurm/stage.sbatch [--dry-run] [sbatch options] +stage=65k init_from=DIR data.path=DIR run_dir=DIR [key=value ...]
+  slurm/export.sbatch [--dry-run] [sbatch options] RUN_DIR HF_DIR
+
+sbatch options (--name=value) win over what the plan says. What is a cluster's own comes from MEGALONG_* variables,
+which the script carries along: docs/slurm.md lists them. Prints the job's number; --dry-run prints the script instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+EXIT_USER_ERROR = 2
+MARGIN = 1.25  # on the planned time: a limit too long costs nothing, one too short a second wait in the queue
+START_S = 900  # preflight, container, weights, evaluation
+KEEP = 2  # conf/checkpoint's default
+
+Options = dict[str, str | None]
+"""sbatch options in order; None for those without a value."""
+
+
+class Refused(Exception):
+    """Why nothing is submitted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A complete script for sbatch."""
+
+    title: list[str]
+    options: Options
+    variables: dict[str, str]
+    body: str
+    """File of this folder that does the work."""
+    arguments: list[str]
+
+    def render(self) -> str:
+        """The script; nothing is added when it is submitted."""
+        lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in self.title)]
+        lines += [f"#SBATCH {name}" + ("" if value is None else f"={value}") for name, value in self.options.items()]
+        lines += ["", *(f"export {name}={shlex.quote(value)}" for name, value in self.variables.items())]
+        words = [f"exec bash {shlex.quote(str(ROOT / 'slurm' / self.body))}", *map(shlex.quote, self.arguments)]
+        return "\n".join([*lines, " \\\n  ".join(words)]) + "\n"
+
+
+def stage_job(given: Options, settings: list[str], env: Mapping[str, str]) -> Job:
+    """The job of one stage: nodes, time and signal lead from its plan.
+
+    Raises:
+        Refused: no run_dir, or the planner refuses.
+    """
+    run_dir = _setting(settings, "run_dir")
+    if not run_dir:
+        raise Refused("give run_dir=...: checkpoints, logs and the job's own notes lie there")
+    asked, per_node = given.get("--nodes"), _per_node(given, env)
+    plan = _plan(settings, int(asked) * per_node if asked and per_node else None)
+    if not per_node:
+        per_node = int(plan["cluster"]["facts"]["gpus_per_node"]["value"])
+        plan = _plan(settings, int(asked) * per_node) if asked else plan
+    ranks = math.prod(plan["layout"].values())
+    nodes, left = divmod(ranks, per_node)
+    if left:
+        raise Refused(
+            f"{ranks} ranks do not fill nodes of {per_node}: give --ntasks-per-node=, --nodes= or topology.*="
+        )
+    lead = plan["signal_lead_s"]
+    options: Options = _common(f"megalong-{plan['stage']}", env)
+    options |= {"--nodes": str(nodes), "--ntasks-per-node": str(per_node), "--exclusive": None, "--mem": "0"}
+    options |= _gpu_flag(given, env, per_node)
+    options |= {"--time": _clock(MARGIN * plan["wall_minutes"] * 60 + START_S + lead), "--signal": f"USR1@{lead}"}
+    options |= {"--requeue": None, "--open-mode": "append", "--output": f"{run_dir}/logs/job-%j.log"} | given
+    spare = int(env.get("MEGALONG_SPARE_NODES") or 0)
+    options["--nodes"] = str(nodes + spare)
+    layout = " ".join(f"{axis}={size}" for axis, size in plan["layout"].items())
+    title = [
+        f"Stage {plan['stage']}, {plan['steps']} steps, {layout} on {nodes} x {per_node} ranks"
+        + f" + {spare}" * (spare > 0),
+        f"planned: {plan['step_total_s']:,.1f} s a step, {plan['checkpoint_s']:,.1f} s a checkpoint, "
+        f"{plan['wall_minutes']:,.1f} minutes, {plan['gpu_hours']:,.1f} GPU hours",
+    ]
+    checkpoint_gib = plan["checkpoint_s"] * plan["cluster"]["facts"]["storage_gbs"]["value"] * 1e9 / 2**30
+    keep = int(_setting(settings, "checkpoint.keep") or KEEP)
+    floors = {
+        "MEGALONG_SPARE_NODES": str(spare),
+        "MEGALONG_GPU_GIB": f"{plan['memory_total_gib']:.1f}",
+        "MEGALONG_HOST_GIB": f"{plan['host_memory_gib_per_node']:.1f}",
+        "MEGALONG_DISK_GIB": f"{(keep + 1) * checkpoint_gib:.1f}",
+    }
+    return Job(title, options, _carried(env) | floors, "stage.sbatch", settings)
+
+
+def export_job(given: Options, arguments: list[str], env: Mapping[str, str]) -> Job:
+    """The job that writes a run's newest checkpoint as a Hugging Face directory: one task, no GPU.
+
+    Raises:
+        Refused: not two folders.
+    """
+    if len(arguments) != 2:
+        raise Refused("give RUN_DIR HF_DIR")
+    run_dir, target = arguments
+    options = _common("megalong-export", env)
+    options |= {"--nodes": "1", "--ntasks": "1", "--time": "02:00:00", "--output": f"{run_dir}/logs/export-%j.log"}
+    return Job(
+        [f"{run_dir} as a Hugging Face directory: {target}"], options | given, _carried(env), "export.sbatch", arguments
+    )
+
+
+def _common(name: str, env: Mapping[str, str]) -> Options:
+    options: Options = {"--job-name": name}
+    for key in ("account", "partition"):
+        if value := env.get(f"MEGALONG_{key.upper()}"):
+            options[f"--{key}"] = value
+    return options
+
+
+def _carried(env: Mapping[str, str]) -> dict[str, str]:
+    image = env.get("MEGALONG_CONTAINER_IMAGE", "")
+    found = {
+        "MEGALONG_HOME": str(ROOT),
+        "MEGALONG_PYTHON": env.get("MEGALONG_PYTHON") or ("python" if image else sys.executable),
+    }
+    if image:
+        found |= {
+            "MEGALONG_CONTAINER_IMAGE": image,
+            "MEGALONG_CONTAINER_MOUNTS": env.get("MEGALONG_CONTAINER_MOUNTS", ""),
+        }
+    return found
+
+
+def _per_node(given: Options, env: Mapping[str, str]) -> int:
+    """Ranks per node where somebody says so; 0: as the plan's cluster has it."""
+    for text in (
+        given.get("--ntasks-per-node"),
+        given.get("--gpus-per-node"),
+        given.get("--gres"),
+        env.get("MEGALONG_GPUS_PER_NODE"),
+    ):
+        if text:
+            return int(text.rpartition(":")[2])
+    return 0
+
+
+def _gpu_flag(given: Options, env: Mapping[str, str], per_node: int) -> Options:
+    """Clusters differ in how GPUs are asked for: --gpus-per-node=8, --gres=gpu:8, or not at all."""
+    flag = env.get("MEGALONG_GPU_FLAG") or "--gpus-per-node"
+    if flag == "none" or {"--gres", "--gpus-per-node", "--gpus"} & given.keys():
+        return {}
+    name, _, kind = flag.partition("=")
+    return {name: f"{kind}:{per_node}" if kind else str(per_node)}
+
+
+def _plan(settings: list[str], ranks: int | None) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        str(ROOT / "tools/plan.py"),
+        *settings,
+        "output=json",
+        *([f"gpus={ranks}"] if ranks else []),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        advice = json.loads(done.stdout)["advice"] if done.stdout else done.stderr.strip()
+        raise Refused(advice if done.stdout == "" else f"the plan does not fit. {advice}")
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
+def _setting(settings: list[str], key: str) -> str:
+    """The last value that is given for a key; empty if none is."""
+    return next((s.partition("=")[2] for s in reversed(settings) if s.startswith(f"{key}=")), "")
+
+
+def _clock(seconds: float) -> str:
+    """Slurm's hours, rounded up to ten minutes."""
+    minutes = math.ceil(seconds / 600) * 10
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
+
+
+def submit(script: str, logs: Path) -> str:
+    """Hand a script to Slurm; a copy of it goes beside the logs.
+
+    Returns:
+        the job's number.
+
+    Raises:
+        Refused: sbatch does.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    if done.returncode:
+        raise Refused(done.stderr.strip())
+    job = done.stdout.strip().partition(";")[0]
+    (logs / f"job-{job}.sbatch").write_text(script, encoding="utf-8")
+    return job
+
+
+def main(arguments: list[str]) -> int:
+    """Render, then print or submit.
+
+    Returns:
+        exit code.
+    """
+    kind, rest = arguments[0], arguments[1:]
+    if not rest or {"-h", "--help"} & set(rest):
+        print(__doc__)
+        return EXIT_USER_ERROR if not rest else 0
+    try:
+        if short := [a for a in rest if a.startswith("-") and not a.startswith("--")]:
+            raise Refused(f"{short[0]}: write sbatch options as --name=value")
+        given: Options = {}
+        for name, equals, value in (a.partition("=") for a in rest if a.startswith("--")):
+            given[name] = value if equals else None
+        dry = "--dry-run" in given
+        given.pop("--dry-run", None)
+        plain = [a for a in rest if not a.startswith("--")]
+        job = (export_job if kind == "export" else stage_job)(given, plain, os.environ)
+        output = Path(job.options["--output"] or "").parent
+        print(job.render() if dry else submit(job.render(), output), end="" if dry else "\n")
+    except Refused as reason:
+        print(f"\nslurm: {reason}\n", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
