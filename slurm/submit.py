@@ -48,7 +48,7 @@ class Job:
     def render(self) -> str:
         """The script; nothing is added when it is submitted."""
         lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in self.title)]
-        lines += [f"#SBATCH {name}" + ("" if value is None else f"={value}") for name, value in self.options.items()]
+        lines += [f"#SBATCH {n}" + ("" if v is None else f"={shlex.quote(v)}") for n, v in self.options.items()]
         lines += ["", *(f"export {name}={shlex.quote(value)}" for name, value in self.variables.items())]
         words = [f"exec bash {shlex.quote(str(ROOT / 'slurm' / self.body))}", *map(shlex.quote, self.arguments)]
         return "\n".join([*lines, " \\\n  ".join(words)]) + "\n"
@@ -171,7 +171,7 @@ def _plan(settings: list[str], ranks: int | None) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         advice = json.loads(done.stdout)["advice"] if done.stdout else done.stderr.strip()
-        raise Refused(advice if done.stdout == "" else f"the plan does not fit. {advice}")
+        raise Refused(f"the plan does not fit. {advice}" if done.stdout else advice.removeprefix("plan: "))
     plan: dict[str, Any] = json.loads(done.stdout)
     return plan
 

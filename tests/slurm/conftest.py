@@ -26,7 +26,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def unbroken(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run_dir of a run on all four nodes that went from the first step to the last."""
-    run_dir = tmp_path_factory.mktemp("unbroken")
+    run_dir = tmp_path_factory.mktemp("unbroken") / "a folder"
     job = cluster.ended(submit(cluster, run_dir, f"train.steps={STEPS}"))
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0")
     return run_dir
