@@ -1,8 +1,9 @@
 """How does a running training reach the disk, whole or not at all, without waiting for the disk?
 
 A save goes to `step_00000010.partial`: sharded model and optimizer (any later TP, PP, CP, DP can load them), the
-common state (step, cursor, random generators), `config.yaml`, `megalong.json` and `checksums.json`. When all ranks
-have written, everything is synced, the folder is renamed, and only then does `latest` point to it.
+common state (step, cursor; random generators are a function of the step), `config.yaml`, `megalong.json` and
+`checksums.json`. When all ranks have written, everything is synced, the folder is renamed, and only then does `latest`
+point to it.
 
 Beside the training (the default on CUDA): what the ranks hold is copied to host memory, a thread writes the copy, and
 the commit follows after a later step, once all ranks have written. Otherwise the training waits.
@@ -11,7 +12,6 @@ the commit follows after a later step, once all ranks have written. Otherwise th
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import threading
 import time
@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
@@ -30,7 +28,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megalong.checkpoint import pointer, writer
 from megalong.checkpoint.checksums import CHECKSUMS
 from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
-from megalong.checkpoint.store import metadata, module_of
+from megalong.checkpoint.optimizer_shards import sharded_state
+from megalong.checkpoint.store import make_moments, metadata, module_of
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import commit_folder, fresh_folder, partial_of, sha256_of, write_text
 from megalong.runtime.launch import together
@@ -81,17 +80,18 @@ class Saving:
         self._error: Exception | None = None
         self._sums: dict[str, dict[str, Any]] = {}
         self._on_disk(lambda: self._prepare(expected_bytes))
+        make_moments(optimizer)  # there are none if no step has been taken, or none that was finite
         sharded_model = module_of(model).sharded_state_dict(metadata=metadata())
         everything = {
             "model": sharded_model,
-            "optimizer": optimizer.sharded_state_dict(sharded_model, metadata=metadata()),
-            "state": {**record.state, "step": step, "rng": _rng_state()},
+            "optimizer": sharded_state(optimizer, sharded_model, loading=False),
+            "state": {**record.state, "step": step},
         }
         with writer.in_process():
             self._request = dist_checkpointing.save(
                 everything, str(self.partial), content_metadata=metadata(), async_sharded_save=True
             )
-        self._arguments = writer.staged(self._request, copy=beside)
+        self._arguments = writer.staged(self._request, module_of(model).parameters() if beside else ())
         self._thread = threading.Thread(target=self._write, name="save", daemon=True) if beside else None
         if self._thread is None:
             self._write()
@@ -196,7 +196,3 @@ def _sums(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
     }
-
-
-def _rng_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}

@@ -3,12 +3,9 @@ dist_checkpointing."""
 
 from __future__ import annotations
 
-import functools
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -17,34 +14,29 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megalong.checkpoint.checksums import CHECKSUMS, Checksums
+from megalong.checkpoint.optimizer_shards import load_state, part_of, sharded_state
 from megalong.runtime.errors import CheckpointError
 
 
 def metadata() -> dict[str, Any]:
-    """The canonical form of the optimizer state: one tensor per parameter, so that TP and PP may change between runs.
-    A new dict every time, because megatron-core notes its process groups in it."""
+    """How the tensors are cut on disk. A new dict every time, because megatron-core notes its process groups in it."""
     return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def load_run(folder: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """Bring back model, optimizer and random generators; returns the plain state with its `step`.
+    """Bring back model and optimizer; returns the plain state with its `step`.
 
     Raises:
         CheckpointError: the files do not hold this model or this optimizer.
     """
-    _prepare_to_load(optimizer)
+    make_moments(optimizer)
     sharded_model = module_of(model).sharded_state_dict(metadata=metadata())
-    wanted = {
-        "model": sharded_model,
-        "optimizer": optimizer.sharded_state_dict(sharded_model, is_loading=True, metadata=metadata()),
-    }
-    loaded = _load(wanted, folder)
+    optimizer_state = sharded_state(optimizer, sharded_model, loading=True)
+    loaded = _load({"model": sharded_model, "optimizer": optimizer_state}, folder)
     module_of(model).load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_state(optimizer, loaded["optimizer"])
     _own_steps(optimizer)
-    state = loaded["state"]
-    _restore_rng(state.pop("rng"))
-    return state
+    return dict(loaded["state"])
 
 
 def load_weights(folder: Path, model: list[DistributedDataParallel]) -> None:
@@ -84,41 +76,22 @@ def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} cannot be loaded into this model: {first}") from error
 
 
-def _prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Two things that megatron-core (optimizer/distrib_optimizer.py) expects and torch's AdamW does not do.
-
-    It loads into moments that are there already, while torch makes them in its first step. And torch keeps a `step`
-    per parameter, which `_set_main_param_and_optimizer_states` looks for among the saved tensors though it travels in
-    the parameter groups; the value that is there already stands in for it.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = part.optimizer
-        if not isinstance(adam, torch.optim.Adam):  # AdamW is one
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
-                    adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        part._set_main_param_and_optimizer_states = functools.partial(_set_with_step, part)
+def make_moments(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its moments, zero where it has none yet: torch's AdamW makes them in its first step, while
+    megatron-core (optimizer/distrib_optimizer.py) expects them when it saves and when it loads."""
+    adam = part_of(optimizer).optimizer
+    if not isinstance(adam, torch.optim.Adam):  # AdamW is one
+        return
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 def _own_steps(optimizer: MegatronOptimizer) -> None:
     """megatron-core gives all parameters one `step` tensor, which torch's AdamW then increments once per parameter:
     after a resume the bias correction would run ahead a hundredfold, without an error. Each gets its own again."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-
-
-def _set_with_step(part: Any, model_parameter: Any, tensors: dict[str, Any]) -> None:
-    group, order = part.model_param_group_index_map[model_parameter]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-    type(part)._set_main_param_and_optimizer_states(part, model_parameter, {"step": state["step"], **tensors})
-
-
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    for state in part_of(optimizer).optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

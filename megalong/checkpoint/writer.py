@@ -8,7 +8,7 @@ files and their checksums releases Python's lock, so threads are as fast, and an
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -32,18 +32,19 @@ def in_process() -> Iterator[None]:
         _WRITER.write_preloaded_data_multiproc, filesystem_async._results_queue = staticmethod(processes), results
 
 
-def staged(request: AsyncRequest, copy: bool) -> list[Any]:
+def staged(request: AsyncRequest, live: Iterable[torch.Tensor] = ()) -> list[Any]:
     """Arguments of the request's writing function, with all tensors in host memory.
 
     Args:
-        copy: the tensors will change while they are written. Those on a GPU are copied by being brought here.
+        live: tensors that will change while they are written. Those in host memory are copied; all others are copies
+            already, because they were gathered, or brought here from a GPU.
     """
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
-        held = {id(tensor) for _, _, (_, tensors) in arguments[1] for _, tensor in tensors}
+        changing = {tensor.untyped_storage().data_ptr() for tensor in live if tensor.is_cpu}
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone() if copy and id(tensor) in held else tensor
+            return tensor.clone() if tensor.untyped_storage().data_ptr() in changing else tensor
 
         arguments[1] = [
             (file, key, (data, [(item, own(tensor)) for item, tensor in tensors]))

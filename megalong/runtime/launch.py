@@ -154,6 +154,7 @@ def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
         the exit code.
     """
     global _watchdog
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ prints a stack for every store that goes away
     process = this_process()
     try:
         code = entry(process)
@@ -172,10 +173,10 @@ def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        if code in (EXIT_OK, EXIT_SAVED_ON_SIGNAL):
-            dist.barrier()  # the store lives on rank 0: nobody may still need it
         if _watchdog is not None:
             _watchdog.close()
             _watchdog = None
+        if code in (EXIT_OK, EXIT_SAVED_ON_SIGNAL):
+            dist.barrier()  # the store lives on rank 0: nobody may still need it
         dist.destroy_process_group()
     return code

@@ -24,8 +24,6 @@ from megalong.runtime.errors import EXIT_CRASHED
 COLLATERAL = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "socket", "broken pipe")
 """Words of errors that a rank gets because another one is gone."""
 
-STORE_GONE = "lost rank 0, or the host where the ranks met: its store does not answer"
-
 
 @dataclass
 class Place:
@@ -123,6 +121,7 @@ class Watchdog:
         self._done = threading.Event()
         self._known: dict[int, tuple[int, float, int, float]] = {}  # beats, heard at, changes, changed at
         self._looked = time.monotonic()
+        self._first = Place("unknown")  # where rank 0 was last
         self._beat()
         self._rounds = 0
         self._thread = threading.Thread(target=self._live, name="watchdog", daemon=True)
@@ -164,7 +163,6 @@ class Watchdog:
             self.store.set(f"beat/{self.rank}", json.dumps([self._beats, asdict(_here)]))
 
     def _live(self) -> None:
-        missed = 0
         while not self._done.wait(self.beat_s):
             try:
                 self._beat()
@@ -173,13 +171,11 @@ class Watchdog:
                 if code is not None:
                     self._leave(code)
                 why = judge(self._listen(), self.silent_after_s, self.still_after_s, self.beat_s)
-                missed = 0
                 self._rounds += 1
-            except RuntimeError:  # torch's store errors are RuntimeErrors
-                missed += 1
-                if self._done.is_set():
-                    return
-                why = STORE_GONE if missed == 3 else None  # twice more, in case of a hiccup
+            except RuntimeError:  # torch's store errors are RuntimeErrors, and a broken connection stays broken
+                if not self._done.is_set():
+                    self._without_store()
+                return
             if why is not None:
                 self.end(why)
 
@@ -190,8 +186,12 @@ class Watchdog:
         while not self._done.wait(self.beat_s):
             seen, waited = self._rounds, waited + 1 if self._rounds == seen else 0
             if waited * self.beat_s > self.silent_after_s:
-                self._speak(self.rank == 1, STORE_GONE)
-                os._exit(EXIT_CRASHED)
+                self._without_store()
+
+    def _without_store(self) -> None:
+        why = f"lost rank 0 {self._first}, or the process that held the store where the ranks met: it does not answer."
+        self._speak(self.rank == 1, why)
+        os._exit(EXIT_CRASHED)
 
     def _listen(self) -> dict[int, Heard]:
         """Rank 0 hears all; the others hear rank 0, which is not judged by itself."""
@@ -210,6 +210,7 @@ class Watchdog:
             changed_at = now if found.changes != known[2] else known[3] + slept
             self._known[rank] = (beats, heard_at, found.changes, changed_at)
             heard[rank] = Heard(found, now - heard_at, now - changed_at)
+        self._first = heard[0].place
         if self.rank != 0:  # a little patience: rank 0 speaks for all while it can
             heard[0].silent_s -= 3 * self.beat_s
             heard[0].still_s = 0.0
@@ -218,8 +219,6 @@ class Watchdog:
 
     def _claim(self, why: str, code: int) -> bool:
         """Whether this rank is the one that speaks."""
-        if why == STORE_GONE:
-            return self.rank == 1
         try:
             with self._lock:
                 first = bool(self.store.add("spoken", 1) == 1)

@@ -119,6 +119,10 @@ def test_a_resume_under_other_settings_lists_what_changed(tmp_path: Path) -> Non
     assert plan_start(mini(tmp_path)).kind == "resume"
     with pytest.raises(ConfigError, match=r"train\.lr 0\.0005 -> 0\.5; seed 1234 -> 7"):
         plan_start(mini(tmp_path, "train.lr=0.5", "seed=7"))
+    told = plan_start(mini(tmp_path, "train.lr=0.5", "seed=7", "checkpoint.allow_changed=[train.lr,seed]"))
+    assert "changed: train.lr 0.0005 -> 0.5" in told.text
+    with pytest.raises(ConfigError, match=r"seed 1234 -> 7\..*allow_changed=\[seed\]"):
+        plan_start(mini(tmp_path, "train.lr=0.5", "seed=7", "checkpoint.allow_changed=[train.lr]"))
     with pytest.raises(ConfigError, match="already holds step_00000005"):
         plan_start(mini(tmp_path, "checkpoint.resume=false"))
 
@@ -126,7 +130,19 @@ def test_a_resume_under_other_settings_lists_what_changed(tmp_path: Path) -> Non
 def test_a_resume_on_another_layout_is_the_same_run(tmp_path: Path) -> None:
     whole_checkpoint(tmp_path / "run", mini(tmp_path))
     overrides = ["+stage=65k", "+scale=mini", f"run_dir={tmp_path / 'run'}", "topology.cp=4"]
-    assert plan_start(compose(overrides, 4)).kind == "resume"
+    start = plan_start(compose(overrides, 4))
+    assert start.kind == "resume"
+    assert "changed: topology.cp 1 -> 4" in start.text
+
+
+def test_a_run_that_has_not_come_to_its_end_is_no_start_for_the_next_stage(tmp_path: Path) -> None:
+    folder = whole_checkpoint(tmp_path / "run", mini(tmp_path))
+    config = mini(tmp_path / "next", f"init_from={tmp_path / 'run'}", stage="262k")
+    with pytest.raises(CheckpointError, match=r"has only come to step 0 of 15\. Let it finish, or name the checkpoint"):
+        plan_start(config)
+    with pytest.raises(CheckpointError) as caught:  # named itself it is taken, and then its model is looked at
+        plan_start(mini(tmp_path / "next", f"init_from={folder}", stage="262k"))
+    assert "has only come" not in str(caught.value)
 
 
 def test_data_of_another_window_or_damaged_is_refused(tmp_path: Path) -> None:
