@@ -9,7 +9,7 @@ measures the same namespaces for the planner's prediction:
 - `rings inside, ranks dealt out`: the same layout with neighbouring ranks on different nodes (a bad order);
 - `heads inside`: one group of all ranks, head exchange inside the nodes, ring across (a2a+p2p).
 
-  python benchmarks/topology.py [rates=25,100] [nodes=2] [per_node=2] [steps=2]      (Mbit/s; needs root)
+  python benchmarks/topology.py [rates=50,200] [nodes=2] [per_node=2] [steps=2] [picture=p.png]   (Mbit/s; needs root)
 
 The last line of stdout is a JSON object with every figure. Without the right to make namespaces it says so and ends.
 """
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megalong.config.cluster import ClusterConfig, load_cluster
 from megalong.planning.plan import Plan, make_plan
@@ -175,10 +176,10 @@ def predicted(case: Case, cluster: ClusterConfig, ranks: int, per_node: int) -> 
     return make_plan(workload_of(config, "cpu"), cluster, cyclic_order(ranks, per_node) if case.dealt else None)
 
 
-def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, object]:
+def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, Any]:
     """Measure and predict at every rate."""
     todo = cases(count, per_node)
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, Nodes(count) as nodes:
         folder, port = Path(temporary), 29600
         for rate in rates:
@@ -243,6 +244,32 @@ def ratios(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return found
 
 
+def draw(rates: list[dict[str, Any]], path: Path) -> None:
+    """Measured beside predicted steps, one panel per rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rates), figsize=(5 * len(rates), 4.2), squeeze=False)
+    for axis, found in zip(axes[0], rates, strict=True):
+        names = [row["layout"].replace(", ", ",\n").replace(" inside", "\ninside") for row in found["steps"]]
+        for shift, key, colour in ((-0.2, "measured_s", "tab:blue"), (0.2, "predicted_s", "tab:orange")):
+            places = [i + shift for i in range(len(names))]
+            bars = axis.bar(
+                places, [row[key] for row in found["steps"]], 0.4, color=colour, label=key.removesuffix("_s")
+            )
+            axis.bar_label(bars, fmt="%.1f", fontsize=8)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.set_title(f"{found['mbit']} Mbit/s between nodes", fontsize=10)
+        axis.set_ylabel("seconds per step")
+        axis.margins(y=0.2)
+        axis.legend(frameon=False, ncols=2, loc="upper center")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def obstacle() -> str | None:
     """Why this machine cannot emulate a network; None if it can."""
     for tool in ("ip", "tc"):
@@ -263,9 +290,11 @@ if __name__ == "__main__":
         print(json.dumps({"skipped": why}))
     else:
         result = main(
-            [int(r) for r in options.get("rates", "25,100").split(",")],
+            [int(r) for r in options.get("rates", "50,200").split(",")],
             int(options.get("nodes", 2)),
             int(options.get("per_node", 2)),
             int(options.get("steps", 2)),
         )
+        if "picture" in options:
+            draw(result["rates"], Path(options["picture"]))
         print(json.dumps(result))

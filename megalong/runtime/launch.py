@@ -22,6 +22,13 @@ T = TypeVar("T")
 
 _watchdog: Watchdog | None = None
 
+FLIGHT_RECORDER = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_BUFFER_SIZE": "20000",
+}
+"""What NCCL should keep of its last collectives, and write down when one times out."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -93,6 +100,8 @@ def init_process_group(process: Process, timeout_s: float, silent_after_s: float
     global _watchdog
     timeout = timedelta(seconds=timeout_s)
     device.set_cuda_device(process.local_rank)
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
     if process.launcher == "single":
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
