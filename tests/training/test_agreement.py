@@ -1,5 +1,8 @@
 """After each step all ranks know the same; a slow one is named, and a jump of the loss is seen."""
 
+from pathlib import Path
+from typing import Any
+
 import torch.distributed as dist
 
 from megalong.runtime.ranks import RankPool
@@ -56,3 +59,38 @@ def test_a_jump_of_the_loss_is_seen_and_a_slow_drift_is_not() -> None:
 def test_nothing_is_called_a_jump_before_there_is_something_to_compare() -> None:
     watch = LossWatch()
     assert [watch.jump(x) for x in (1.0, 9.0, 2.0)] == [None] * 3
+
+
+def with_a_slow_rank(run_dir: str, slow: int) -> list[str]:
+    """Sentences about stragglers in four real steps, in which one rank's kernels take 20 ms longer."""
+    import time
+
+    from megalong.attention.kernels import CpuFlash
+    from tests.training.runs import stage_run
+
+    stage = stage_run(run_dir, "topology.cp=2", "topology.dp=2", "train.stop_after=4", "checkpoint.save_steps=0")
+    forward, look, said = CpuFlash.forward, stage._stragglers.look, []
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args, **kwargs)
+
+    def listened(found: Agreement) -> str | None:
+        sentence = look(found)
+        said.extend([sentence] if sentence else [])
+        return sentence
+
+    stage._stragglers.look = listened  # type: ignore[method-assign]
+    if dist.get_rank() == slow:
+        CpuFlash.forward = slowed  # type: ignore[method-assign]
+    try:
+        stage.run()
+    finally:
+        CpuFlash.forward = forward  # type: ignore[method-assign]
+    return said
+
+
+def test_a_slow_rank_of_the_trainer_is_named_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(with_a_slow_rank, 4, str(tmp_path), 2)
+    assert [len(said) for said in found] == [1] * 4
+    assert all(said[0].startswith("rank 2 on host ") for said in found)
