@@ -48,7 +48,7 @@ TopologyPlugin=topology/tree
 JobRequeue=1
 MinJobAge=3600
 ReturnToService=2
-KillWait=5
+KillWait=10
 PropagateResourceLimitsExcept=FSIZE
 SlurmdParameters=config_overrides
 """
