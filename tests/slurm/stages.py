@@ -10,11 +10,13 @@ SMALL = ("+scale=mini", "model.num_hidden_layers=1", "data.eval_sequences=0", "c
 ENV = {"MEGALONG_GPU_FLAG": "none", "MEGALONG_GPUS_PER_NODE": "1"}
 
 
-def submit(cluster: Cluster, run_dir: Path, *more: str, nodes: int = 4, spare: int = 0) -> str:
+def submit(
+    cluster: Cluster, run_dir: Path, *more: str, nodes: int = 4, spare: int = 0, env: dict[str, str] | None = None
+) -> str:
     """Submit stage 65k with one rank per node; returns the job's number."""
-    env = ENV | {"MEGALONG_SPARE_NODES": str(spare)}
+    variables = ENV | {"MEGALONG_SPARE_NODES": str(spare)} | (env or {})
     command = ("slurm/stage.sbatch", f"--nodes={nodes}", "+stage=65k", f"run_dir={run_dir}", *SMALL, *more)
-    return cluster.run(*command, env=env).strip()
+    return cluster.run(*command, env=variables).strip()
 
 
 def steps_of(run_dir: Path) -> list[dict[str, float]]:

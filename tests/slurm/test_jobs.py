@@ -100,11 +100,12 @@ def test_a_bad_node_is_named_and_the_job_starts_again_without_it(cluster: Cluste
 
 
 def test_a_spare_node_takes_the_place_of_a_bad_one_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "--partition=shaky", "train.steps=1", nodes=2, spare=1)
+    two_ranks_each = ("--ntasks-per-node=2", "--partition=shaky", "train.steps=1")
+    job = submit(cluster, tmp_path, *two_ranks_each, nodes=2, spare=1)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0")
     assert f"bad node {SHAKY}" in log_of(tmp_path, job)
-    assert ranks_of(tmp_path, job) == {0: ["n1"], 1: ["n2"]}
+    assert ranks_of(tmp_path, job) == {0: ["n1"], 1: ["n1"], 2: ["n2"], 3: ["n2"]}
 
 
 def test_a_job_that_cannot_do_without_a_bad_node_says_so_and_ends(cluster: Cluster, tmp_path: Path) -> None:
@@ -112,3 +113,13 @@ def test_a_job_that_cannot_do_without_a_bad_node_says_so_and_ends(cluster: Clust
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
     assert "the partition has 2, and 3 are needed" in log_of(tmp_path, job)
+
+
+def test_a_job_that_crashes_before_the_trainer_begins_is_started_twice_and_no_more(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)  # has no torch
+    job = submit(cluster, tmp_path / "run", nodes=1, env={"MEGALONG_PYTHON": str(tmp_path / "bare" / "bin" / "python")})
+    ended = cluster.ended(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "93:0", "1")
+    assert "ModuleNotFoundError" in log_of(tmp_path / "run", job)
