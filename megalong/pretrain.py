@@ -65,7 +65,7 @@ def main(process: launch.Process) -> int:
     check_room(config, checkpoint_bytes(plan.work))
     announcements = [start.text]
     train, held_out = plan_data(config, announcements)
-    launch.init_process_group(process, plan.collective_timeout_s, config.train.heartbeat_s)
+    launch.init_process_group(process, plan.collective_timeout_s, config.train.heartbeat_s, config.train.join_s)
     initialize(layout_of(config), config.attention.hierarchical_context_parallel_sizes)
     stage = config.stage
     console.say(

@@ -178,6 +178,8 @@ class TrainConfig:
     """What a loss or gradient that is not finite does: skip (leave the step out and count it) or stop (exit code 2)."""
     heartbeat_s: float = 60.0
     """Seconds without a sign of life after which a rank counts as lost and the run ends."""
+    join_s: float = 600.0
+    """Seconds that ranks wait for one another at the start."""
     loss_chunk: int = 1024
     """Local tokens whose logits exist at one time; 0: all at once."""
 

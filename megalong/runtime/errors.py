@@ -42,6 +42,20 @@ class CanaryError(UserError):
     """Information does not travel through the context-parallel group as it must."""
 
 
+class JoinError(UserError):
+    """Not all ranks came together.
+
+    Args:
+        speaker: the rank that tells it.
+    """
+
+    exit_code = EXIT_CRASHED
+
+    def __init__(self, text: str, speaker: int) -> None:
+        super().__init__(text)
+        self.speaker = speaker
+
+
 class NoProgressError(UserError):
     """A restarted job begins where its last attempt began: another attempt would end the same way."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, UserError
+from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, JoinError, UserError
 from megalong.runtime.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -86,12 +86,16 @@ def _first_host(nodelist: str) -> str:
     return prefix + (re.split(r"[-,]", inside)[0] if inside else "") + (suffix or "")
 
 
-def init_process_group(process: Process, timeout_s: float, silent_after_s: float = 60.0) -> None:
+def init_process_group(process: Process, timeout_s: float, silent_after_s: float = 60.0, join_s: float = 600.0) -> None:
     """Join all ranks into one torch.distributed world (nccl on GPUs, gloo on CPUs) and watch over them.
 
     Args:
         timeout_s: seconds after which a collective that nobody answers fails.
         silent_after_s: seconds without a sign of life after which a rank counts as lost.
+        join_s: seconds that ranks wait for one another at the start.
+
+    Raises:
+        JoinError: a rank did not come.
     """
     import torch.distributed as dist
 
@@ -108,14 +112,52 @@ def init_process_group(process: Process, timeout_s: float, silent_after_s: float
     host, port = master_address()
     os.environ.setdefault("MASTER_ADDR", host)
     os.environ.setdefault("MASTER_PORT", str(port))
-    dist.init_process_group(device.backend(), rank=process.rank, world_size=process.world_size, timeout=timeout)
-    patience = timedelta(seconds=silent_after_s)
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives an attempt
-    keys = dist.PrefixStore(f"megalong/{attempt}", store)
-    _watchdog = Watchdog(keys, process.rank, process.world_size, silent_after_s, 0.9 * timeout_s)
-    dist.barrier()
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun holds the store
+    attempt = f"megalong/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun's outlives an attempt
+
+    def connect(holder: bool, patience_s: float) -> Any:
+        patience = timedelta(seconds=patience_s)
+        return dist.TCPStore(host, port, is_master=holder, wait_for_workers=False, timeout=patience)
+
+    try:
+        store = connect(process.is_first and not agent, join_s)
+        watched = dist.PrefixStore(f"{attempt}/watch", connect(False, silent_after_s))
+    except RuntimeError as error:
+        raise JoinError(f"nobody answered at {host}:{port} for {join_s:.0f} s: is rank 0 there?", 1) from error
+    _watchdog = Watchdog(watched, process.rank, process.world_size, silent_after_s, 0.9 * timeout_s)
+    _all_here(dist.PrefixStore(f"{attempt}/join", store), process, join_s)
     _watchdog.start()
+    group = dist.PrefixStore(f"{attempt}/group", store)
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        device.backend(), store=group, rank=process.rank, world_size=process.world_size, timeout=timeout
+    )
+
+
+def _all_here(store: Any, process: Process, join_s: float) -> None:
+    """Wait until every rank has said that it is there. Rank 0 counts; the others learn from it that it gave up."""
+    names = [str(rank) for rank in range(process.world_size)]
+    text = f"after {join_s:.0f} s, not all of {process.world_size} ranks have come."
+    try:
+        store.set(names[process.rank], os.uname().nodename)
+        try:
+            store.wait(names, timedelta(seconds=join_s if process.is_first else 2 * join_s))
+        except RuntimeError:
+            missing = [name for name in names if not store.check([name])]
+            named = ", ".join(missing[:16]) + (" ..." if len(missing) > 16 else "")
+            text = (
+                f"after {join_s:.0f} s, {len(missing)} of {process.world_size} ranks have not come: rank {named}. See "
+                "their logs; nodes that start slowly need a larger train.join_s."
+            )
+            store.set("given up", "")
+            for name in missing:
+                store.set(name, "")  # ends the waiting of the others
+            time.sleep(2.0)  # they read it from here
+        given_up = store.check(["given up"])
+    except RuntimeError as error:
+        raise JoinError("rank 0 went away before all ranks were there.", 1) from error
+    if given_up:
+        raise JoinError(text, 0)
 
 
 def together(fn: Callable[[], T]) -> T:
@@ -168,15 +210,15 @@ def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
     try:
         code = entry(process)
     except UserError as error:
-        if _watchdog is not None:
+        if _watchdog is not None and _watchdog.started:
             _watchdog.end(str(error), code=error.exit_code)
-        if process.is_first:
+        if process.rank == getattr(error, "speaker", 0):
             print(f"\nmegalong: {error}\n", file=sys.stderr, flush=True)
         elif process.launcher == "torchrun":
             time.sleep(wait_s)
         code = error.exit_code
     except Exception as error:
-        if _watchdog is not None:
+        if _watchdog is not None and _watchdog.started:
             _watchdog.crashed(error)
         raise
     import torch.distributed as dist

@@ -75,6 +75,12 @@ def _kill_with_children(process: multiprocessing.process.BaseProcess) -> None:
     process.kill()
 
 
+def _collateral(failure: str) -> bool:
+    """Whether a rank only tells that another one has gone."""
+    last = failure.strip().splitlines()[-1].lower()
+    return "raised:" in failure and any(word in last for word in ("connection", "gloo", "timed out", "broken pipe"))
+
+
 class RankPool:
     """Up to `MAX_RANKS` CPU ranks, started when first needed.
 
@@ -115,21 +121,28 @@ class RankPool:
 
     def _collect(self, world_size: int, deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
+        failures: list[str] = []
         waiting = {self._workers[r][1]: r for r in range(world_size)}
-        while waiting:
+        while waiting and not any(not _collateral(text) for text in failures):
             ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {sorted(waiting.values())} did not finish in time")
+                failures.append(f"ranks {sorted(waiting.values())} did not finish in time")
+                break
             for connection in ready:
                 assert isinstance(connection, multiprocessing.connection.Connection)
                 rank = waiting.pop(connection)
                 try:
                     ok, value = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    self._fail(f"rank {rank} died")
-                if not ok:
-                    self._fail(f"rank {rank} of {world_size} raised:\n{value}")
-                results[rank] = value
+                    failures.append(f"rank {rank} died")
+                    continue
+                if ok:
+                    results[rank] = value
+                    continue
+                failures.append(f"rank {rank} of {world_size} raised:\n{value}")
+                deadline = min(deadline, time.monotonic() + 5.0)  # the one at fault may speak later than its victims
+        if failures:
+            self._fail(next((text for text in failures if not _collateral(text)), failures[0]))
         return [results[r] for r in range(world_size)]
 
     def _fail(self, why: str) -> None:

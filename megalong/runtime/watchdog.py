@@ -127,6 +127,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._live, name="watchdog", daemon=True)
         self._guard = threading.Thread(target=self._watch_store, name="watchdog-guard", daemon=True)
 
+    @property
+    def started(self) -> bool:
+        """Whether the ranks have come together and listen to one another."""
+        return self._thread.ident is not None
+
     def start(self) -> None:
         """Begin; all ranks have made their watchdogs by now."""
         self._thread.start()

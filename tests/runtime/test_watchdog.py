@@ -171,6 +171,25 @@ def test_a_rank_that_is_stopped_is_named(started: list[subprocess.Popen], tmp_pa
     assert f"lost rank {rank}" in errors
 
 
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_rank_that_never_comes_is_told_once(started: list[subprocess.Popen], tmp_path: Path, absent: int) -> None:
+    script = tmp_path / "script.py"
+    text = SCRIPT.format(what="pass", rank=0, silent=3.0).replace("300.0, 3.0", "300.0, 3.0, 4.0")
+    script.write_text(text)
+    port = free_port()
+    for rank in range(3):
+        if rank != absent:
+            env = slurm_like(rank, 3, port) | {"PYTHONPATH": str(REPO)}
+            pipe = subprocess.PIPE
+            started.append(
+                subprocess.Popen([sys.executable, str(script)], env=env, stdout=pipe, stderr=pipe, text=True)
+            )
+    codes, errors = outcome(started)
+    assert codes == [1, 1]
+    assert errors.count("megalong: ") == 1
+    assert ("is rank 0 there?" if absent == 0 else "1 of 3 ranks have not come: rank 2.") in errors
+
+
 def test_a_pause_of_the_whole_run_is_nobodys_fault(started: list[subprocess.Popen], tmp_path: Path) -> None:
     processes = run_ranks(started, tmp_path, "pass", 1, silent=2.0)
     assert processes[0].stdout is not None
