@@ -115,7 +115,7 @@ class Watchdog:
     def __init__(self, store: Any, rank: int, world_size: int, silent_after_s: float, still_after_s: float) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.silent_after_s, self.still_after_s = silent_after_s, still_after_s
-        self.beat_s = min(5.0, max(0.1, silent_after_s / 6))
+        self.beat_s = min(2.0, max(0.1, silent_after_s / 6))
         self._beats = 0
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -238,7 +238,7 @@ class Watchdog:
         try:
             with self._lock:
                 self.store.add("gone", 1)
-            until = time.monotonic() + 4 * self.beat_s
+            until = time.monotonic() + 2 * self.beat_s
             while self.rank == 0 and time.monotonic() < until:
                 with self._lock:
                     if self.store.add("gone", 0) >= self.world_size:

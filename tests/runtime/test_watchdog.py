@@ -1,19 +1,23 @@
 """A rank that dies, stops, stands still or raises ends the run on all ranks, and is named once."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megalong.runtime import launch, watchdog
+from megalong.runtime.errors import DataError
 from megalong.runtime.watchdog import Heard, Place, judge
 from tests.runtime.processes import free_port, slurm_like
 
-REPO = Path(__file__).parents[2]
 BEAT, SILENT, STILL = 1.0, 10.0, 100.0
 
 
@@ -77,128 +81,147 @@ def test_a_collective_that_failed_while_all_live_names_who_is_behind() -> None:
     assert "rank 1 on host n1, step 7, evaluating" in why
 
 
-SCRIPT = """
-import os, sys, time
-from megalong.runtime import launch, watchdog
+Deed = Callable[[], None]
 
-def entry(process):
-    import torch, torch.distributed as dist
-    launch.init_process_group(process, 300.0, {silent})
-    for step in range(1, 10000):
-        watchdog.enter("training", step)
-        if step == 5 and process.rank == 0:
-            print("going", flush=True)
-        if step == 50 and process.rank == {rank}:
-            {what}
-        dist.all_reduce(torch.ones(1))
-        time.sleep(0.01)
-    return 0
 
-sys.exit(launch.run(entry))
-"""
+def raise_boom() -> None:
+    raise ValueError("boom")
+
+
+def mistake() -> None:
+    raise DataError("a damaged file")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def rank_main(folder: Path, rank: int, port: int, at_fault: int, deed: Deed | None, silent: float, join: float) -> None:
+    """A process that does small steps until `deed` on one rank ends it."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    os.environ.clear()
+    os.environ.update(slurm_like(rank, 3, port))
+
+    def entry(process: launch.Process) -> int:
+        launch.init_process_group(process, 300.0, silent, join)
+        for step in range(1, 100_000):
+            watchdog.enter("training", step)
+            (folder / f"step{rank}").write_text(str(step))
+            if step == 50 and rank == at_fault and deed is not None:
+                deed()
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.01)
+        return 0
+
+    sys.exit(launch.run(entry))
+
+
+class Ranks:
+    """Three processes; torch is imported once, by the server they are forked from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[int, BaseProcess] = {}
+
+    def start(
+        self, at_fault: int, deed: Deed | None, silent: float = 3.0, join: float = 60.0, absent: int | None = None
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "megalong.runtime.launch", __name__])
+        port = free_port()
+        for rank in range(3):
+            if rank != absent:
+                arguments = (self.folder, rank, port, at_fault, deed, silent, join)
+                self.processes[rank] = context.Process(target=rank_main, args=arguments)
+                self.processes[rank].start()
+
+    def outcome(self, without: int | None = None) -> tuple[list[int | None], str]:
+        """Exit codes and what was written to stderr, of all or all but one."""
+        ranks = [r for r in self.processes if r != without]
+        for rank in ranks:
+            self.processes[rank].join(60)
+        codes = [self.processes[r].exitcode for r in ranks]
+        return codes, "".join((self.folder / f"err{r}").read_text() for r in ranks)
+
+    def signal(self, number: int) -> None:
+        for process in self.processes.values():
+            assert process.pid is not None
+            os.kill(process.pid, number)
 
 
 @pytest.fixture
-def started() -> Iterator[list[subprocess.Popen]]:
-    """Processes of a test; none outlives it."""
-    processes: list[subprocess.Popen] = []
-    yield processes
-    for process in processes:
+def three(tmp_path: Path) -> Iterator[Ranks]:
+    """No process of a test outlives it."""
+    ranks = Ranks(tmp_path)
+    yield ranks
+    for process in ranks.processes.values():
         process.kill()
-        process.wait()
-
-
-def run_ranks(
-    started: list[subprocess.Popen], tmp_path: Path, what: str, rank: int, silent: float = 3.0
-) -> list[subprocess.Popen]:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(what=what, rank=rank, silent=silent))
-    port = free_port()
-    started += [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=slurm_like(r, 3, port) | {"PYTHONPATH": str(REPO)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(3)
-    ]
-    return started
-
-
-def outcome(processes: list[subprocess.Popen], timeout: float = 60) -> tuple[list[int], str]:
-    texts = [p.communicate(timeout=timeout)[1] for p in processes]
-    return [p.returncode for p in processes], "".join(texts)
+        process.join()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_rank_that_raises_speaks_alone_and_all_leave(
-    started: list[subprocess.Popen], tmp_path: Path, rank: int
-) -> None:
-    codes, errors = outcome(run_ranks(started, tmp_path, "raise ValueError('boom')", rank, silent=60.0))
+def test_a_rank_that_raises_speaks_alone_and_all_leave(three: Ranks, rank: int) -> None:
+    three.start(rank, raise_boom, silent=60.0)
+    codes, errors = three.outcome()
     assert codes == [1, 1, 1]
     assert errors.count("megalong:") == 1
     assert errors.count("Traceback") == 1
     assert f"rank {rank} on host {os.uname().nodename}, step 50, training raised ValueError: boom" in errors
 
 
-def test_a_users_mistake_on_one_rank_ends_all_with_its_code(started: list[subprocess.Popen], tmp_path: Path) -> None:
-    what = "from megalong.runtime.errors import DataError; raise DataError('a damaged file')"
-    codes, errors = outcome(run_ranks(started, tmp_path, what, 1, silent=60.0))
+def test_a_users_mistake_on_one_rank_ends_all_with_its_code(three: Ranks) -> None:
+    three.start(1, mistake, silent=60.0)
+    codes, errors = three.outcome()
     assert codes == [2, 2, 2]
     assert errors.strip() == "megalong: a damaged file"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_is_named(started: list[subprocess.Popen], tmp_path: Path, rank: int) -> None:
-    codes, errors = outcome(run_ranks(started, tmp_path, "os.kill(os.getpid(), 9)", rank))
-    assert sorted(codes) == [-9, 1, 1]
+def test_a_rank_that_is_killed_is_named(three: Ranks, rank: int) -> None:
+    three.start(rank, die)
+    codes, errors = three.outcome()
+    assert codes == [-9 if r == rank else 1 for r in range(3)]
     assert errors.count("megalong:") == 1
-    assert f"lost rank {rank}" in errors
+    assert f"lost rank {rank} on host {os.uname().nodename}, step " in errors
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_rank_that_is_stopped_is_named(started: list[subprocess.Popen], tmp_path: Path, rank: int) -> None:
-    processes = run_ranks(started, tmp_path, "os.kill(os.getpid(), 19)", rank)
-    others = [p for r, p in enumerate(processes) if r != rank]
-    codes, errors = outcome(others)
-    assert processes[rank].poll() is None
-    processes[rank].send_signal(signal.SIGKILL)
-    processes[rank].communicate()
+def test_a_rank_that_is_stopped_is_named(three: Ranks, rank: int) -> None:
+    three.start(rank, stop)
+    codes, errors = three.outcome(without=rank)
+    assert three.processes[rank].is_alive()
     assert codes == [1, 1]
     assert errors.count("megalong:") == 1
-    assert f"lost rank {rank}" in errors
+    assert f"lost rank {rank} on host {os.uname().nodename}, step " in errors
 
 
 @pytest.mark.parametrize("absent", [0, 2])
-def test_a_rank_that_never_comes_is_told_once(started: list[subprocess.Popen], tmp_path: Path, absent: int) -> None:
-    script = tmp_path / "script.py"
-    text = SCRIPT.format(what="pass", rank=0, silent=3.0).replace("300.0, 3.0", "300.0, 3.0, 4.0")
-    script.write_text(text)
-    port = free_port()
-    for rank in range(3):
-        if rank != absent:
-            env = slurm_like(rank, 3, port) | {"PYTHONPATH": str(REPO)}
-            pipe = subprocess.PIPE
-            started.append(
-                subprocess.Popen([sys.executable, str(script)], env=env, stdout=pipe, stderr=pipe, text=True)
-            )
-    codes, errors = outcome(started)
+def test_a_rank_that_never_comes_is_told_once(three: Ranks, absent: int) -> None:
+    three.start(0, None, join=4.0, absent=absent)
+    codes, errors = three.outcome()
     assert codes == [1, 1]
     assert errors.count("megalong: ") == 1
     assert ("is rank 0 there?" if absent == 0 else "1 of 3 ranks have not come: rank 2.") in errors
 
 
-def test_a_pause_of_the_whole_run_is_nobodys_fault(started: list[subprocess.Popen], tmp_path: Path) -> None:
-    processes = run_ranks(started, tmp_path, "pass", 1, silent=2.0)
-    assert processes[0].stdout is not None
-    assert processes[0].stdout.readline() == "going\n"
-    for sent in (signal.SIGSTOP, signal.SIGCONT):
-        for process in processes:
-            process.send_signal(sent)
-        time.sleep(5)
-    assert [p.poll() for p in processes] == [None] * 3
-    for process in processes:
-        process.kill()
-        process.communicate()
+def test_a_pause_of_the_whole_run_is_nobodys_fault(three: Ranks) -> None:
+    def step() -> int:
+        path = three.folder / "step0"
+        return int(path.read_text() or 0) if path.is_file() else 0
+
+    three.start(0, None, silent=2.0)
+    while step() < 5:
+        time.sleep(0.05)
+    three.signal(signal.SIGSTOP)
+    time.sleep(5)
+    three.signal(signal.SIGCONT)
+    before = step()
+    time.sleep(3)
+    assert step() > before
+    assert all(p.is_alive() for p in three.processes.values())
