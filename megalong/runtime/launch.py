@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, JoinError, UserError
+from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, ConfigError, JoinError, UserError
 from megalong.runtime.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -116,13 +116,25 @@ def init_process_group(process: Process, timeout_s: float, silent_after_s: float
     attempt = f"megalong/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # torchrun's outlives an attempt
 
     def connect(holder: bool, patience_s: float) -> Any:
-        patience = timedelta(seconds=patience_s)
-        return dist.TCPStore(host, port, is_master=holder, wait_for_workers=False, timeout=patience)
+        deadline = time.monotonic() + join_s
+        while True:  # torch tries twice for as long as it is given: short attempts keep to the time
+            attempt_s = 1.0 + min(4.0, max(0.0, deadline - time.monotonic()) / 2)
+            try:
+                store = dist.TCPStore(
+                    host, port, is_master=holder, wait_for_workers=False, timeout=timedelta(seconds=attempt_s)
+                )
+                store.set_timeout(timedelta(seconds=patience_s))
+                return store
+            except RuntimeError:
+                if holder or time.monotonic() > deadline:
+                    raise
 
     try:
         store = connect(process.is_first and not agent, join_s)
         watched = dist.PrefixStore(f"{attempt}/watch", connect(False, silent_after_s))
     except RuntimeError as error:
+        if process.is_first and not agent:
+            raise ConfigError(f"port {port} of {host} cannot be used: {str(error).splitlines()[0]}") from error
         raise JoinError(f"nobody answered at {host}:{port} for {join_s:.0f} s: is rank 0 there?", 1) from error
     _watchdog = Watchdog(watched, process.rank, process.world_size, silent_after_s, 0.9 * timeout_s)
     _all_here(dist.PrefixStore(f"{attempt}/join", store), process, join_s)

@@ -20,6 +20,9 @@ NODES = ("n1", "n2", "n3", "n4", "n5")
 SHAKY = "n5"
 LEAVES = {"leaf0": "n[1,3]", "leaf1": "n[2,4-5]"}  # not in the order of the names: the order of ranks must follow it
 
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "prlimit")
+PATH = f"{os.environ['PATH']}:/usr/sbin"  # not on the path of everybody
+
 CONF = """\
 ClusterName=megalong
 SlurmctldHost={host}(127.0.0.1)
@@ -56,11 +59,7 @@ SlurmdParameters=config_overrides
 
 def missing() -> str | None:
     """Why no cluster can be started here; None if one can."""
-    absent = [
-        name
-        for name in ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "prlimit")
-        if shutil.which(name) is None
-    ]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     return f"no {', '.join(absent)} on this machine (Debian: apt-get install slurm-wlm)" if absent else None
 
 
@@ -74,7 +73,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: list[subprocess.Popen] = []
-        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH, "OMP_NUM_THREADS": "1"}
 
     def start(self) -> None:
         """Start all daemons and wait until every node is idle."""
