@@ -130,6 +130,8 @@ def _carried(env: Mapping[str, str]) -> dict[str, str]:
         "MEGALONG_HOME": str(ROOT),
         "MEGALONG_PYTHON": env.get("MEGALONG_PYTHON") or ("python" if image else sys.executable),
     }
+    if wait := env.get("MEGALONG_NEIGHBOUR_S"):
+        found["MEGALONG_NEIGHBOUR_S"] = wait
     if image:
         found |= {
             "MEGALONG_CONTAINER_IMAGE": image,

@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--token", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--wait-s", type=float, default=120.0, help="for neighbours that start later")
+    parser.add_argument("--wait-s", type=float, default=120.0)
     options = parser.parse_args(arguments)
     nodes = dict(pair.split("=", 1) for pair in options.nodes.split(","))
     report = measure(nodes, options.token, options.run_dir, options.port, options.wait_s)

@@ -72,7 +72,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._daemons: list[subprocess.Popen] = []
+        self._daemons: dict[str, subprocess.Popen] = {}
         self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH, "OMP_NUM_THREADS": "1"}
 
     def start(self) -> None:
@@ -90,17 +90,26 @@ class Cluster:
             (self.folder / part).mkdir(parents=True)
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
-            limit = ("prlimit", "--fsize=524288") if node == SHAKY else ()
-            self._daemon(*limit, "slurmd", "-D", "-N", node)
+            self.boot(node)
         self.wait(
             lambda: len(self.run("sinfo", "-h", "-N", "-t", "idle", "-p", "main,shaky").split("\n")) > 7, 60, "nodes"
         )
+
+    def boot(self, node: str) -> None:
+        """Start the daemon of a node."""
+        limit = ("prlimit", "--fsize=524288") if node == SHAKY else ()
+        self._daemon(*limit, "slurmd", "-D", "-N", node)
+
+    def crash(self, node: str) -> None:
+        """Kill the daemon of a node; Slurm takes minutes to notice, and goes on giving the node to jobs."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
 
     def _daemon(self, *command: str) -> None:
         """A daemon that ends with this process, whatever way that ends."""
         log = (self.folder / f"{command[-1]}.out").open("wb")
         command = ("setpriv", "--pdeathsig", "TERM", *command)
-        self._daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log))
+        self._daemons[command[-1]] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -108,9 +117,9 @@ class Cluster:
         deadline = time.monotonic() + 30
         while self._running() and time.monotonic() < deadline:
             time.sleep(0.2)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for daemon in self._daemons:
+        for daemon in self._daemons.values():
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:

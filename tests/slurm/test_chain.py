@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from megalong.checkpoint.compare import tensor_differences
 from megalong.checkpoint.weights import open_weights
 from tests.slurm.cluster import Cluster
@@ -15,6 +17,7 @@ def start(cluster: Cluster, data: str, runs: Path, *more: str) -> dict[str, str]
     return dict(re.findall(r"(\w+): job (\d+)", said))
 
 
+@pytest.mark.timeout(600)
 def test_the_chain_trains_four_stages_and_exports(cluster: Cluster, tmp_path: Path) -> None:
     jobs = start(cluster, "-", tmp_path, "train.steps=2", "train.global_batch_size=2")
     assert list(jobs) == ["65k", "262k", "524k", "1048k", "export"]

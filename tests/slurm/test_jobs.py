@@ -41,7 +41,7 @@ def test_a_signal_saves_and_the_same_job_ends_as_the_unbroken_run(
     cluster: Cluster, unbroken: Path, tmp_path: Path
 ) -> None:
     job = submit(cluster, tmp_path, f"train.steps={STEPS}")
-    cluster.wait(trained(tmp_path, 3), 60, "three steps")
+    cluster.wait(trained(tmp_path, 3), 120, "three steps")
     cluster.run("scancel", "--signal=USR1", job)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
@@ -62,7 +62,7 @@ def test_a_run_that_makes_no_progress_is_started_twice_and_no_more(cluster: Clus
             return True
         return False
 
-    cluster.wait(kill_when_it_trains, 60, "a first step")
+    cluster.wait(kill_when_it_trains, 120, "a first step")
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "93:0", "1")
     assert re.search(r"rank \d on n\d was the first to end with code 137", log_of(tmp_path, job))
@@ -80,7 +80,7 @@ def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster: Cluster, tmp
     (tmp_path / "logs").mkdir()
     settings = ("+stage=65k", f"run_dir={tmp_path}", *SMALL, "train.steps=3000")
     job = cluster.run(*by_hand, "slurm/stage.sbatch", *settings, env={"MEGALONG_PYTHON": sys.executable}).strip()
-    cluster.wait(trained(tmp_path, 2), 60, "two steps")
+    cluster.wait(trained(tmp_path, 2), 120, "two steps")
     cluster.run("scancel", job)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
@@ -99,12 +99,17 @@ def test_a_bad_node_is_named_and_the_job_starts_again_without_it(cluster: Cluste
     assert ranks_of(tmp_path, job) == {0: ["n1"], 1: ["n2"]}
 
 
-def test_a_spare_node_takes_the_place_of_a_bad_one_at_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_spare_node_takes_the_place_of_a_dead_one_at_once(cluster: Cluster, tmp_path: Path) -> None:
     two_ranks_each = ("--ntasks-per-node=2", "--partition=shaky", "train.steps=1")
-    job = submit(cluster, tmp_path, *two_ranks_each, nodes=2, spare=1)
+    cluster.crash(SHAKY)
+    try:
+        job = submit(cluster, tmp_path, *two_ranks_each, nodes=2, spare=1, env={"MEGALONG_NEIGHBOUR_S": "3"})
+        cluster.wait(lambda: (tmp_path / "checkpoints" / "latest").is_file(), 120, "the run to be done")
+    finally:
+        cluster.boot(SHAKY)
     ended = cluster.ended(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0")
-    assert f"bad node {SHAKY}" in log_of(tmp_path, job)
+    assert f"bad node {SHAKY}: did not answer" in log_of(tmp_path, job)
     assert ranks_of(tmp_path, job) == {0: ["n1"], 1: ["n1"], 2: ["n2"], 3: ["n2"]}
 
 
