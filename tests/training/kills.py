@@ -69,6 +69,7 @@ class Run:
     def __init__(self, run_dir: Path, ranks: int, layout: list[str]) -> None:
         self.run_dir, self.ranks, self.layout = run_dir, ranks, layout
         self.processes: list[subprocess.Popen] = []
+        self.started_at = 0.0
 
     @property
     def root(self) -> Path:
@@ -78,7 +79,7 @@ class Run:
         port = free_port()
         command = [sys.executable, "megalong/pretrain.py", *SETTINGS, *self.layout, f"run_dir={self.run_dir}"]
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.processes = []
+        self.processes, self.started_at = [], time.time()
         for rank in range(self.ranks):
             with (self.run_dir / f"rank{rank}.log").open("w") as log:
                 env = slurm_like(rank, self.ranks, port)
@@ -87,11 +88,17 @@ class Run:
                 )
 
     def steps_done(self) -> int:
+        """Steps in the metrics, once this attempt has taken them over."""
         path = self.run_dir / "metrics.jsonl"
-        return path.read_text().count("\n") if path.is_file() else 0
+        mine = path.is_file() and path.stat().st_mtime > self.started_at
+        return path.read_text().count("\n") if mine else 0
 
     def saving(self) -> bool:
-        return any(self.root.glob("*.partial"))
+        """Whether this attempt is writing a checkpoint."""
+        try:
+            return any(p.stat().st_mtime > self.started_at for p in self.root.glob("*.partial"))
+        except FileNotFoundError:  # renamed between the two looks
+            return False
 
     def alive(self) -> bool:
         return all(p.poll() is None for p in self.processes)
