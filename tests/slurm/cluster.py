@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ SHAKY = "n5"
 LEAVES = {"leaf0": "n[1,3]", "leaf1": "n[2,4-5]"}  # not in the order of the names: the order of ranks must follow it
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "prlimit")
-PATH = f"{os.environ['PATH']}:/usr/sbin"  # not on the path of everybody
+# the scripts take `python3` where there is no .venv; daemons are not on the path of everybody
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
 
 CONF = """\
 ClusterName=megalong

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import REPO
+from tests.slurm.cluster import PATH, REPO
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXED = ("--time=10:00:00", "--signal=USR1@600")  # the planner's figures have tests of their own
@@ -47,7 +47,9 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 
 def run(command: tuple[str, ...], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEGALONG_", "SLURM_", "SBATCH_"))}
-    return subprocess.run(command, cwd=REPO, env=clean | env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=REPO, env=clean | {"PATH": PATH} | env, capture_output=True, text=True, timeout=60
+    )
 
 
 def rendered(name: str) -> str:
@@ -99,7 +101,7 @@ def test_time_and_signal_lead_follow_from_the_plan(stage: str) -> None:
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_submitted(arguments: tuple[str, ...], reason: str) -> None:
-    done = run(("slurm/stage.sbatch", *arguments), {"PATH": os.environ["PATH"]})
+    done = run(("slurm/stage.sbatch", *arguments), {})
     assert done.returncode == 2
     assert reason in done.stderr
 
