@@ -190,7 +190,7 @@ class CheckpointConfig:
 
     save_steps: int = 10
     """Steps between saves; 0: only at the end."""
-    save_minutes: float = 0.0
+    save_minutes: float = 30.0
     """Minutes after which a save is due, whatever the step; 0: never."""
     keep: int = 2
     """Newest checkpoints kept besides the last of the stage, which stays."""

@@ -121,7 +121,7 @@ class Watchdog:
         self._done = threading.Event()
         self._known: dict[int, tuple[int, float, int, float]] = {}  # beats, heard at, changes, changed at
         self._looked = time.monotonic()
-        self._first = Place("unknown")  # where rank 0 was last
+        self._first: Place | None = None  # where rank 0 was last
         self._beat()
         self._rounds = 0
         self._thread = threading.Thread(target=self._live, name="watchdog", daemon=True)
@@ -194,7 +194,8 @@ class Watchdog:
                 self._without_store()
 
     def _without_store(self) -> None:
-        why = f"lost rank 0 {self._first}, or the process that held the store where the ranks met: it does not answer."
+        place = f" {self._first}" if self._first else ""
+        why = f"lost rank 0{place}, or the process that held the store where the ranks met: it does not answer."
         self._speak(self.rank == 1, why)
         os._exit(EXIT_CRASHED)
 

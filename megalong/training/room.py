@@ -22,7 +22,7 @@ def check_room(config: Config, checkpoint_bytes: int) -> None:
     assert config.run_dir is not None
     settings = config.checkpoint
     saves = -(-(config.train.steps or 1) // settings.save_steps) if settings.save_steps else 1
-    if settings.save_minutes:
+    if settings.save_minutes and config.scale.name == "full":  # a small one is over before the minutes are
         saves = config.train.steps or 1
     # one more than is kept exists while it is written
     wanted = min(saves, max(1, settings.keep) + 1) * checkpoint_bytes

@@ -38,6 +38,8 @@ def check_same_run(config: Config, folder: Path) -> list[str]:
     before = _flat(asdict(from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))))
     now = _flat(asdict(config))
     silent = ("checkpoint.", "train.stop_after", "run_dir", "init_from", "cluster.", "stage.", "scale.")
+    if config.data.path is None:  # the built-in corpus is filled in later
+        before["data.path"] = None
     changed = {k: f"{k} {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)}
     refused = {k for k in changed if k.startswith(MEANING) and k not in config.checkpoint.allow_changed}
     if refused:
