@@ -23,6 +23,55 @@ import torch
 T = TypeVar("T")
 
 
+class Stopwatch:
+    """Time that calls took on this rank: wall time on the CPU, time of the compute stream on CUDA."""
+
+    def __init__(self) -> None:
+        self._host_seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def time(self, call: Callable[..., T], *args: Any) -> T:
+        """Call, and add its time."""
+        if torch.cuda.is_available():
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            result = call(*args)
+            after.record()
+            self._events.append((before, after))
+            return result
+        began = time.perf_counter()
+        result = call(*args)
+        self._host_seconds += time.perf_counter() - began
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Sum so far; waits for the device where that is CUDA."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._host_seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+            self._events.clear()
+        return self._host_seconds
+
+    def read(self) -> float:
+        """Seconds since the last reading."""
+        seconds, self._host_seconds = self.seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time the block kernels called inside the block."""
+        global _stopwatch
+        _stopwatch, before = self, _stopwatch
+        try:
+            yield
+        finally:
+            _stopwatch = before
+
+
+_stopwatch: Stopwatch | None = None
+
+
 @dataclass
 class Meter:
     """Counts of one recording, by kind of collective: `ring_kv`, `ring_dkv`, `a2a`, `all_gather`, `reduce_scatter`."""
@@ -33,17 +82,13 @@ class Meter:
     """Payload bytes this rank got from other ranks."""
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Collectives started."""
-    _host_seconds: float = 0.0
-    _events: list[tuple[Any, Any]] = field(default_factory=list)
+    waits: Stopwatch = field(default_factory=Stopwatch)
+    """Time that compute stood still for them."""
 
     @property
     def exposed_seconds(self) -> float:
         """Time that compute stood still for attention collectives (waits for the device where that is CUDA)."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._host_seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-            self._events.clear()
-        return self._host_seconds
+        return self.waits.seconds
 
     def summary(self) -> dict[str, float]:
         """Totals for a metrics line: bytes sent and received, collectives, exposed seconds."""
@@ -88,65 +133,14 @@ def count(kind: str, sent: int, received: int) -> None:
         _meter.calls[kind] += 1
 
 
-class Stopwatch:
-    """Time that block kernels took on this rank, between two readings."""
-
-    def __init__(self) -> None:
-        self._host_seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time the kernels called inside the block."""
-        global _stopwatch
-        _stopwatch, before = self, _stopwatch
-        try:
-            yield
-        finally:
-            _stopwatch = before
-
-    def read(self) -> float:
-        """Seconds since the last reading; waits for the device where that is CUDA."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._host_seconds += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-            self._events.clear()
-        seconds, self._host_seconds = self._host_seconds, 0.0
-        return seconds
-
-
-_stopwatch: Stopwatch | None = None
-
-
 def kernel_call(call: Callable[..., T], *args: Any) -> T:
     """Call a block kernel, timed if a stopwatch runs."""
-    watch = _stopwatch
-    if watch is None:
-        return call(*args)
-    if torch.cuda.is_available():
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        result = call(*args)
-        after.record()
-        watch._events.append((before, after))
-        return result
-    began = time.perf_counter()
-    result = call(*args)
-    watch._host_seconds += time.perf_counter() - began
-    return result
+    return call(*args) if _stopwatch is None else _stopwatch.time(call, *args)
 
 
 def timed(wait: Callable[[], object]) -> None:
     """Call `wait`, noting how long compute stands still in it."""
     if _meter is None:
         wait()
-    elif torch.cuda.is_available():
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        wait()
-        after.record()
-        _meter._events.append((before, after))
     else:
-        began = time.perf_counter()
-        wait()
-        _meter._host_seconds += time.perf_counter() - began
+        _meter.waits.time(wait)

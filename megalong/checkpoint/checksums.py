@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalong.runtime.errors import CheckpointError
-from megalong.runtime.files import sha256_of
+from megalong.runtime.files import sha256_of, write_text
 
 CHECKSUMS = "checksums.json"
 
@@ -33,6 +33,11 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     return dict(sums)
+
+
+def write_checksums(folder: Path, sums: dict[str, dict[str, Any]]) -> None:
+    """Write the list of a directory."""
+    write_text(folder / CHECKSUMS, json.dumps(dict(sorted(sums.items())), indent=1) + "\n")
 
 
 class Checksums:

@@ -16,7 +16,6 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import json
 import mmap
 import os
 import queue
@@ -27,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalong.checkpoint.checksums import CHECKSUMS
+from megalong.checkpoint.checksums import write_checksums
 from megalong.runtime.errors import CheckpointError
-from megalong.runtime.files import commit_folder, partial_of, write_text
+from megalong.runtime.files import commit_folder, partial_of
 
 BLOCK = 16 << 20
 _BLOCKS = 6
@@ -201,7 +200,7 @@ class OutputFolder:
 
     def _commit(self) -> None:
         # last of all files, so that even a copy of a half-written folder does not look whole
-        write_text(self.partial / CHECKSUMS, json.dumps(dict(sorted(self.sums.items())), indent=1) + "\n")
+        write_checksums(self.partial, self.sums)
         if self.target.exists():
             shutil.rmtree(self.replaced, ignore_errors=True)
             os.rename(self.target, self.replaced)

@@ -11,7 +11,6 @@ the commit follows after a later step, once all ranks have written. Otherwise th
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -26,7 +25,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megalong.checkpoint import pointer, writer
-from megalong.checkpoint.checksums import CHECKSUMS
+from megalong.checkpoint.checksums import write_checksums
 from megalong.checkpoint.info import HF_FILES, CheckpointInfo, carry_files, write_info
 from megalong.checkpoint.optimizer_shards import sharded_state
 from megalong.checkpoint.store import make_moments, metadata, module_of
@@ -186,7 +185,7 @@ class Saving:
             p for p in self.partial.rglob("*") if p.is_file() and p.relative_to(self.partial).as_posix() not in sums
         ]
         sums |= _sums(self.partial, rest)
-        write_text(self.partial / CHECKSUMS, json.dumps(dict(sorted(sums.items())), indent=1) + "\n")
+        write_checksums(self.partial, sums)
         commit_folder(self.partial, self.target)
         pointer.point_to(self.root, self.target)
         return sum(entry["bytes"] for entry in sums.values())

@@ -72,3 +72,8 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints_size(run_dir: Path) -> int:
+    """Bytes that a run's checkpoints take."""
+    return sum(f.stat().st_size for f in (run_dir / "checkpoints").glob("step_*/**/*") if f.is_file())

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from megalong.runtime.files import checkpoints_size
 from megalong.runtime.preflight import Gpu, NodeReport
 
 GIB = 2**30
@@ -66,8 +67,7 @@ def _disk(run_dir: Path, token: Path, node: str) -> tuple[str | None, float]:
         probe.unlink()
     except OSError as error:
         return f"{run_dir} cannot be written: {error.strerror}", 0.0
-    own = sum(f.stat().st_size for f in (run_dir / "checkpoints").glob("step_*/**/*") if f.is_file())
-    return None, (shutil.disk_usage(run_dir).free + own) / GIB
+    return None, (shutil.disk_usage(run_dir).free + checkpoints_size(run_dir)) / GIB
 
 
 def _available_memory() -> int:

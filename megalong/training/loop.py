@@ -34,7 +34,6 @@ from megalong.model.llama import model_to_hf
 from megalong.planning.beside import Beside
 from megalong.planning.duration import checkpoint_bytes
 from megalong.planning.plan import plan_of
-from megalong.planning.workload import workload_of
 from megalong.recipe.compose import to_yaml
 from megalong.runtime import device
 from megalong.runtime.console import say, warn
@@ -77,11 +76,11 @@ class StageRun:
         assert config.run_dir is not None
         self.config, self.held_out, self.train_data = config, held_out, train
         self.run_dir = Path(config.run_dir)
-        self.saver = Saver(self.run_dir / "checkpoints", config, checkpoint_bytes(workload_of(config)))
+        self.beside = Beside(plan_of(config), dist.get_rank())
+        self.saver = Saver(self.run_dir / "checkpoints", config, checkpoint_bytes(self.beside.plan.work))
         self.first = dist.get_rank() == 0
         self.model = build(config)
         self.watch = GradientWatch(self.model)
-        self.beside = Beside(plan_of(config), dist.get_rank())
         self.step = self.skipped = 0
         self.damaged: list[Path] = []
         self._lock: IO[str] | None = None

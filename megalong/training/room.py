@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megalong.config.schema import Config
 from megalong.runtime.errors import ConfigError
+from megalong.runtime.files import checkpoints_size
 
 
 def check_room(config: Config, checkpoint_bytes: int) -> None:
@@ -27,7 +28,7 @@ def check_room(config: Config, checkpoint_bytes: int) -> None:
     # one more than is kept exists while it is written
     wanted = min(saves, max(1, settings.keep) + 1) * checkpoint_bytes
     folder = Path(config.run_dir).absolute()
-    there = sum(f.stat().st_size for f in (folder / "checkpoints").glob("step_*/**/*") if f.is_file())
+    there = checkpoints_size(folder)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -1,7 +1,5 @@
 """megatron-core's groups equal the layout's, for real ranks and for all ranks of the full-size stages."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -9,19 +7,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.recipe.compose import compose
 from megalong.recipe.layout import layout_of
-from megalong.runtime import device
 from megalong.runtime.ranks import RankPool
 from megalong.topology import groups
 from megalong.topology.layout import Layout
-
-
-@pytest.fixture
-def torch_on_cpu() -> Iterator[None]:
-    device.install()
-    yield
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("stage", ["65k", "262k", "524k", "1048k"])

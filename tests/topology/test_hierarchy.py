@@ -1,28 +1,16 @@
 """The groups of a2a+p2p that megatron makes on 512 ranks: heads stay inside a node, the ring goes from node to node."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalong.recipe.compose import compose
-from megalong.runtime import device
 from megalong.topology import groups
 from megalong.topology.layout import Layout
 from megalong.topology.placement import Placement
 
 LAYOUT, SIZES = Layout(tp=2, cp=32, dp=8), [4, 8]
-
-
-@pytest.fixture
-def torch_on_cpu() -> Iterator[None]:
-    device.install()
-    yield
-    parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("rank", [0, 77, 511])

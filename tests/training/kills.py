@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPO))
 from megalong.checkpoint import pointer  # noqa: E402
 from megalong.checkpoint.checksums import Checksums  # noqa: E402
 from tests.runtime.processes import free_port, slurm_like  # noqa: E402
+from tests.training.runs import metrics  # noqa: E402
 
 HEARTBEAT_S = 8.0
 JOIN_S = 20.0
@@ -45,7 +46,6 @@ SETTINGS = [
     f"train.join_s={JOIN_S}",
 ]
 LAYOUTS = (["topology.tp=2", "topology.cp=2"], ["topology.cp=2", "topology.dp=2"], ["topology.pp=2", "topology.cp=2"])
-TIMED = ("seconds", "tokens_per_second_per_gpu", "mfu", "hfu", "peak_memory_bytes")
 
 
 @dataclass
@@ -128,11 +128,6 @@ class Run:
         self.start()
         self.wait(600)
         assert [p.returncode for p in self.processes] == [0] * self.ranks, self.logs()
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
