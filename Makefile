@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+# two files side by side, each from its first test to its last: much of the suite waits, and files share what they make
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   a small Llama from Hugging Face through all four stages and back, on this machine"
-	@echo "make test   the whole test suite"
-	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove outputs and the environment"
+	@echo "make demo      a small Llama from Hugging Face through all four stages and back, on this machine"
+	@echo "make test      the test suite, without what is marked long"
+	@echo "make test-all  the whole test suite"
+	@echo "make lint      ruff, mypy and the floors of the house"
+	@echo "make clean     remove outputs and the environment"
 
 # torch first: pip then keeps the build it found (CPU wheels where those are what the index offers)
 .venv/.ready: constraints.txt pyproject.toml
@@ -22,12 +26,16 @@ demo: .venv/.ready
 	$(BIN)/python tools/demo.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-all: .venv/.ready
+	$(PYTEST)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv outputs runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

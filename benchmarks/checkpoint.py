@@ -1,4 +1,4 @@
-"""How fast is a save, beside a plain sequential write of the same bytes, and how long does the training wait for it?
+"""A save against a plain sequential write of the same bytes, and how long training waits for it.
 
 Real megatron ranks save a real model and optimizer. In each repetition the plain write comes right before and after the
 save: as many processes as ranks each write and sync their share of the same bytes into one file. Loading a checkpoint
@@ -32,16 +32,18 @@ def measure(folder: str, layers: int, hidden: int, repeats: int) -> list[dict[st
     """On each rank: saves of one model, each between two plain writes of the same bytes."""
     import torch.distributed as dist
 
-    from megalong.checkpoint.saving import Saving
-    from megalong.checkpoint.store import verify_checksums
-    from megalong.recipe.compose import compose
-    from megalong.recipe.layout import layout_of
+    from megalong.checkpoint.load import verify_checksums
+    from megalong.checkpoint.save import Saving
+    from megalong.planning.plan import plan_of
+    from megalong.recipe.resolve import run_of
     from megalong.topology.groups import initialize
     from megalong.training.loop import StageRun
-    from megalong.training.start import plan_data, plan_start
+    from megalong.training.sequences import open_data
+    from megalong.training.start import plan_start
+    from megalong.training.state import contents_of
 
     world = dist.get_world_size()
-    config = compose(
+    run = run_of(
         [
             "+stage=65k",
             "+scale=mini",
@@ -55,10 +57,11 @@ def measure(folder: str, layers: int, hidden: int, repeats: int) -> list[dict[st
         ],
         world,
     )
-    start = plan_start(config)
-    data = plan_data(config, [])
-    initialize(layout_of(config))
-    stage = StageRun(config, start, *data)
+    start = plan_start(run)
+    run, data = open_data(run, [])
+    initialize(run.layout)
+    stage = StageRun(run, plan_of(run), start, data)
+    state = stage.state
     found = []
     for repeat in range(repeats + 1):
         row: dict[str, float] = {}
@@ -66,7 +69,9 @@ def measure(folder: str, layers: int, hidden: int, repeats: int) -> list[dict[st
             shutil.rmtree(stage.saver.root, ignore_errors=True) if stage.first else None
             dist.barrier()
             begun = time.perf_counter()
-            saving = Saving(stage.saver.root, repeat, stage.model, stage.optimizer, stage._record(), beside=beside)
+            saving = Saving(
+                stage.saver.root, repeat, state.model, state.optimizer, contents_of(state, run), beside=beside
+            )
             waited = time.perf_counter() - begun
             while not saving.written:
                 time.sleep(0.01)

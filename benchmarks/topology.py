@@ -1,4 +1,4 @@
-"""Does the layout that the planner prefers win on a slow network, by the factor that the planner predicts?
+"""Layouts on a slow network: does the one that the planner prefers win, and by the factor it predicts?
 
 Network namespaces stand for nodes: inside one, ranks talk over loopback; between them a rate-limited link is the
 network interface. The real trainer runs over them on CPU ranks in several layouts, and `tools/plan.py calibrate`
@@ -29,7 +29,7 @@ from typing import Any
 from megalong.config.cluster import ClusterConfig, load_cluster
 from megalong.planning.plan import Plan, make_plan
 from megalong.planning.workload import workload_of
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.topology.placement import cyclic_order
 
 REPO = Path(__file__).resolve().parents[1]
@@ -172,8 +172,8 @@ def measured_step(nodes: Nodes, per_node: int, case: Case, steps: int, folder: P
 
 
 def predicted(case: Case, cluster: ClusterConfig, ranks: int, per_node: int) -> Plan:
-    config = compose([*MODEL, *case.overrides], ranks)
-    return make_plan(workload_of(config, "cpu"), cluster, cyclic_order(ranks, per_node) if case.dealt else None)
+    run = run_of([*MODEL, *case.overrides], ranks)
+    return make_plan(workload_of(run, "cpu"), cluster, cyclic_order(ranks, per_node) if case.dealt else None)
 
 
 def main(rates: list[int], count: int, per_node: int, steps: int) -> dict[str, Any]:

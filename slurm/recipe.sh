@@ -10,7 +10,7 @@ dry=()
 [ "${1:-}" = --dry-run ] && { dry=(--dry-run); shift; }
 [ $# -ge 3 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # what the plan refuses for the last stage is refused before the first one is submitted
-[ ${#dry[@]} -gt 0 ] || "$0" --dry-run "$@" >/dev/null
+[ ${#dry[@]} -gt 0 ] || bash "$0" --dry-run "$@" >/dev/null
 base=$1 data=$2 runs=$3
 shift 3
 
@@ -20,7 +20,7 @@ submit() { # name, script, arguments
   local name=$1 chain=(--kill-on-invalid-dep=yes) printed
   shift
   [ -z "$before" ] || chain+=("--dependency=afterok:$before")
-  printed=$("$1" "${dry[@]}" "${chain[@]}" "${@:2}")
+  printed=$(bash "$1" "${dry[@]}" "${chain[@]}" "${@:2}")
   if [ ${#dry[@]} -gt 0 ]; then
     printf '### %s\n%s\n\n' "$name" "$printed"
     before="JOB_OF_$name"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from megalong.config.schema import ModelConfig
 from megalong.data.dataset import SequenceDataset, open_dataset
-from megalong.recipe.stages import CONF
+from megalong.recipe.folders import CONF
 
 STEPS = 1200
 SECONDS = 120.0

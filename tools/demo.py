@@ -29,14 +29,17 @@ from base_model import make_base_model, mini_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from megalong.checkpoint.checksums import CARD
 from megalong.config.schema import Config
 from megalong.data.builtin import builtin_corpus, builtin_tokenizer
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import evaluation_batches
+from megalong.data.windows import Part
 from megalong.evaluation.plots import plot_loss_by_position
 from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums
 from megalong.evaluation.results import StageEvaluation, read_evaluation
-from megalong.recipe.compose import compose, from_yaml
+from megalong.recipe.compose import from_yaml
+from megalong.recipe.resolve import run_of
 from megalong.runtime.errors import EXIT_OK, EXIT_USER_ERROR, UserError
 from megalong.topology.layout import Layout
 
@@ -87,7 +90,7 @@ def main() -> int:
     cache = OUT / "corpus"
     model = mini_model()
     with _part("1/5 corpus: Python sources of this machine, a BPE tokenizer trained on them"):
-        windows = {name: compose([f"+stage={name}", "+scale=mini"]).stage.seq_length for name in LAYOUTS}
+        windows = {name: run_of([f"+stage={name}", "+scale=mini"]).seq_length for name in LAYOUTS}
         tokenizer = builtin_tokenizer(cache, model.vocab_size)
         base_data = builtin_corpus(cache, model.max_position_embeddings, model.vocab_size)
         data = {name: builtin_corpus(cache, window, model.vocab_size) for name, window in windows.items()}
@@ -182,7 +185,7 @@ def _train_stage(name: str, layout: Layout, init_from: Path, data: Path) -> Stag
 
 def _convert(run_dir: Path, out: Path) -> None:
     source, target = (str(p.relative_to(ROOT)) for p in (run_dir, out))
-    _run(["python", "tools/convert.py", "megatron-to-hf", source, target])
+    _run(["python", "tools/convert.py", "megatron-to-hf", source, target])  # it writes the card too
 
 
 def _compare(folder: Path, last: StageResult) -> None:
@@ -200,7 +203,7 @@ def _compare(folder: Path, last: StageResult) -> None:
     sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
     alone: dict[str, Any] = {"dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}
     with torch.no_grad():
-        for batch in evaluation_batches(dataset, sequences=EVAL_SEQUENCES, **alone):
+        for batch in evaluation_batches(Part(dataset), samples=EVAL_SEQUENCES, **alone):
             logits_SV = model(input_ids=batch["tokens"], use_cache=False).logits[0]
             losses_S = torch.nn.functional.cross_entropy(logits_SV, batch["labels"][0], reduction="none")
             sums += bucket_sums(losses_S, batch["loss_mask"][0], torch.arange(window), edges)
@@ -253,6 +256,7 @@ def _report(stages: list[StageResult], text: str) -> None:
         )
     print(f"tokens/s: all {RANKS} ranks, median over whole steps, data loading included; loss: nats, held-out text")
     print("summary.json, loss_by_position.png; tensorboard --logdir outputs/demo")
+    print(f"the model's card, made of what these runs wrote: {(OUT / 'hf' / CARD).relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from megalong.attention import gather, ring
 from megalong.attention.exchange import Exchange, Ring
 from megalong.attention.gather import GatheredAttention
 from megalong.attention.heads import Groups, HeadAttention
-from megalong.attention.kernels import Kernel
+from megalong.attention.kept import Kept
+from megalong.attention.kernel import Kernel
 from megalong.attention.ring import RingAttention
 from megalong.attention.tiles import Documents
 
@@ -65,25 +66,27 @@ class Algorithm:
         documents: Documents,
         kernel: Kernel,
         wire_dtype: torch.dtype,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """Attend: q [S, B, H, D], k and v [S, B, K, D], all local and in zigzag order, to out [S, B, H, D].
 
         Args:
             documents: global starts of the documents, or None.
             wire_dtype: dtype in which dk and dv travel a ring or are reduce-scattered.
+            kept: of a layer that is computed twice.
         """
         length = q.shape[0] * self.size
         if self.cp_comm_type == "p2p":
             place = self._ring
             return RingAttention.apply(
-                q, k, v, place, ring.plan(length, place.size, place.rank, documents), kernel, wire_dtype
+                q, k, v, place, ring.plan(length, place.size, place.rank, documents), kernel, wire_dtype, kept
             )
         if self.cp_comm_type == "all_gather":
             group = self._exchange
             return GatheredAttention.apply(
-                q, k, v, group, gather.plan(length, group.size, group.rank, documents), kernel, wire_dtype
+                q, k, v, group, gather.plan(length, group.size, group.rank, documents), kernel, wire_dtype, kept
             )
         outer = self._heads.outer
         return HeadAttention.apply(
-            q, k, v, self._heads, ring.plan(length, outer.size, outer.rank, documents), kernel, wire_dtype
+            q, k, v, self._heads, ring.plan(length, outer.size, outer.rank, documents), kernel, wire_dtype, kept
         )

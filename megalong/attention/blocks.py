@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 import torch
 
-from megalong.attention.kernels import Cuts, Grads, Kernel
+from megalong.attention.kernel import Attended, CuSeqlens, Grads, Kernel
 from megalong.attention.merge import accumulation_dtype, merge_
 from megalong.attention.meters import kernel_call
 from megalong.attention.tiles import Tile, Tiles
 
 
 class Call(NamedTuple):
-    """One call of a kernel: a tile, or a run of causal squares with the cuts between them."""
+    """One call of a kernel: a tile, or a run of causal squares with their cumulative lengths."""
 
     tile: Tile
-    cuts: Cuts
+    cu_seqlens: CuSeqlens
 
 
 class Share(NamedTuple):
@@ -40,7 +40,7 @@ def calls(tiles: Tiles, kernel: Kernel) -> list[Call]:
         if kernel.varlen and t.causal and last and last.tile.causal and (last.tile.q1, last.tile.k1) == (t.q0, t.k0):
             run = last.tile._replace(q1=t.q1, k1=t.k1)
             start = last.tile.q0
-            found[-1] = Call(run, (*(last.cuts or (0, t.q0 - start)), t.q1 - start))
+            found[-1] = Call(run, (*(last.cu_seqlens or (0, t.q0 - start)), t.q1 - start))
         else:
             found.append(Call(t, None))
     return found
@@ -64,13 +64,13 @@ def forward_first(
     out_dtype = q.dtype if alone else wide
     causal = calls(tuple(t for t in tiles if t.causal), kernel)
     if len(causal) == 1:
-        out, lse = kernel_call(kernel.forward, q, k, v, True, causal[0].cuts)
+        out, lse = kernel_call(kernel.forward, q, k, v, True, causal[0].cu_seqlens)
         out, lse = out.to(out_dtype), lse.to(wide)
     else:
         out = empty_bhsd(q, out_dtype)
         lse = torch.empty(q.shape[:-1], dtype=wide, device=q.device)
-        for t, cuts in causal:
-            part = kernel_call(kernel.forward, _q(q, t), _k(k, t), _k(v, t), True, cuts)
+        for t, cu_seqlens in causal:
+            part = kernel_call(kernel.forward, _q(q, t), _k(k, t), _k(v, t), True, cu_seqlens)
             _q(out, t).copy_(part[0])
             lse[:, :, t.q0 : t.q1].copy_(part[1])
     forward_more(kernel, q, k, v, tuple(t for t in tiles if not t.causal), out, lse)
@@ -93,17 +93,7 @@ def forward_more(
         del part_out, part_lse  # before the next call makes its own
 
 
-def backward(
-    kernel: Kernel,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tiles: Tiles,
-    dq: torch.Tensor,
-) -> list[Share]:
+def backward(kernel: Kernel, dout: torch.Tensor, attended: Attended, tiles: Tiles, dq: torch.Tensor) -> list[Share]:
     """Add the tiles' query gradients to the accumulator dq [B, H, S, D]; return their shares of dk and dv.
 
     The shares are added (`add_shares`) when the travelling accumulator has arrived.
@@ -111,7 +101,7 @@ def backward(
     shares = []
     for call in calls(tiles, kernel):
         t = call.tile
-        grads = _backward_of(call, kernel, dout, q, k, v, out, lse)
+        grads = _backward_of(call, kernel, dout, attended)
         _q(dq, t).add_(grads[0])
         shares.append(Share(t, grads[1], grads[2]))
     return shares
@@ -130,16 +120,7 @@ def add_shares(dkv: torch.Tensor, shares: list[Share]) -> None:
         dkv.copy_(wide)
 
 
-def backward_alone(
-    kernel: Kernel,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tiles: Tiles,
-) -> Grads:
+def backward_alone(kernel: Kernel, dout: torch.Tensor, attended: Attended, tiles: Tiles) -> Grads:
     """Gradients where the tiles are all there is: causal squares that share neither queries nor keys.
 
     Each gradient is then written once, in the inputs' dtype, and no fp32 accumulator is needed.
@@ -147,11 +128,11 @@ def backward_alone(
     assert all(t.causal for t in tiles), tiles
     wanted = calls(tiles, kernel)
     if len(wanted) == 1:
-        return _backward_of(wanted[0], kernel, dout, q, k, v, out, lse)
-    dq, dk, dv = (empty_bhsd(x, x.dtype) for x in (q, k, v))
+        return _backward_of(wanted[0], kernel, dout, attended)
+    dq, dk, dv = (empty_bhsd(x, x.dtype) for x in attended[:3])
     for call in wanted:
         t = call.tile
-        grads = _backward_of(call, kernel, dout, q, k, v, out, lse)
+        grads = _backward_of(call, kernel, dout, attended)
         _q(dq, t).copy_(grads[0])
         _k(dk, t).copy_(grads[1])
         _k(dv, t).copy_(grads[2])
@@ -174,21 +155,10 @@ def empty_bhsd(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bhsd(torch.empty(s, b, h, d, dtype=dtype, device=like.device))
 
 
-def _backward_of(
-    call: Call,
-    kernel: Kernel,
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> Grads:
-    t = call.tile
-    lse_ = lse[:, :, t.q0 : t.q1]
-    return kernel_call(
-        kernel.backward, _q(dout, t), _q(q, t), _k(k, t), _k(v, t), _q(out, t), lse_, t.causal, call.cuts
-    )
+def _backward_of(call: Call, kernel: Kernel, dout: torch.Tensor, attended: Attended) -> Grads:
+    (q, k, v, out, lse), t = attended, call.tile
+    part = Attended(_q(q, t), _k(k, t), _k(v, t), _q(out, t), lse[:, :, t.q0 : t.q1])
+    return kernel_call(kernel.backward, _q(dout, t), part, t.causal, call.cu_seqlens)
 
 
 def _q(x: torch.Tensor, t: Tile) -> torch.Tensor:

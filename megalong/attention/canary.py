@@ -1,10 +1,11 @@
-"""Does information really cross the whole context-parallel group, and stop at document boundaries?
+"""Proof that information crosses the whole context-parallel group, and stops at document boundaries.
 
 Attention that stays local, a ring that does not turn, ranks in another order than the data's, boundaries that are
 ignored: all train without an error, and only the loss is wrong (axolotl 3608 and PR 3928). So before the first step
 a few tokens go through the configured attention, with its kernel, algorithm, groups and boundaries, forward and
 backward. In batch element j the first token of rank j is changed: exactly the later positions of its document must
-change, on every rank. And a gradient put on the outputs of rank j must reach exactly the keys its queries may see.
+change, on every rank. And a gradient put on the outputs of rank j must reach its queries, and exactly the keys and
+values that they may see.
 
 It costs one small forward and backward (two with document boundaries). Ranks are told apart by the number that the
 *data* gives them, so an attention group in another order is found.
@@ -24,13 +25,15 @@ CHUNK = 4
 SHOWN = 12
 """Lines of an error before the rest is only counted."""
 
+INPUTS = ("queries", "keys", "values")
+
 MESSAGES = {
     "mixed": "ranks {here} hold data by the same context-parallel number as another rank of their group",
     "lost": "tokens of rank {owner} do not reach ranks {here}",
     "future": "tokens of rank {owner} change earlier positions on ranks {here}",
     "leak": "tokens of rank {owner} cross a document boundary to ranks {here}",
-    "gradient lost": "gradients of outputs on rank {owner} do not reach the keys of ranks {here}",
-    "gradient leak": "gradients of outputs on rank {owner} reach keys of ranks {here} that they may not see",
+    **{f"{x} lost": f"gradients of outputs on rank {{owner}} do not reach the {x} of ranks {{here}}" for x in INPUTS},
+    **{f"{x} leak": f"gradients of outputs on rank {{owner}} reach {x} of ranks {{here}} they may not" for x in INPUTS},
 }
 
 Finding = tuple[str, int, int]
@@ -105,26 +108,24 @@ def _probe(
     starts = None if documents is None else torch.tensor(documents, dtype=torch.int64)
     with torch.enable_grad():
         out = core(q, k, v, starts)
-        (dv,) = torch.autograd.grad(out, (v,), dout.to(device, dtype))
+        grads = torch.autograd.grad(out, (q, k, v), dout.to(device, dtype))
     # a change is some 8/sqrt(m) of a row that sees m keys; less is rounding, which batch elements do not share
     difference = (out - out[:, :1]).detach().abs().amax(-1)
     changed = (difference > _noise(dtype) * out.detach().abs().amax(-1)).cpu()
-    reached = dv.ne(0).flatten(2).any(-1).cpu()
+    reached = [grad.ne(0).flatten(2).any(-1).cpu() for grad in grads]
 
     problems: set[Finding] = set()
     for j in range(size):
         token = everyone[j][0]
         sees = _sees(here[:, None], token[None, None], documents)[:, 0]
         moved = changed[:, 1 + j]
-        seen_by_j = _sees(everyone[j][:, None], here[None], documents).any(0)
-        got = reached[:, 1 + j]
         wrong = {
             "lost": sees & ~moved,
             "future": ~sees & moved & (here < token),
             "leak": ~sees & moved & (here > token),
-            "gradient lost": seen_by_j & ~got,
-            "gradient leak": ~seen_by_j & got,
         }
+        for name, got, (must, may) in zip(INPUTS, reached, _reach(everyone[j], here, documents), strict=True):
+            wrong |= {f"{name} lost": must & ~got[:, 1 + j], f"{name} leak": ~may & got[:, 1 + j]}
         problems |= {(kind, owners[j], owners[cp_rank]) for kind, where in wrong.items() if where.any()}
     return problems
 
@@ -138,6 +139,22 @@ def _sees(query: torch.Tensor, key: torch.Tensor, documents: tuple[int, ...] | N
     """Whether a query position may attend to a key position."""
     starts = torch.tensor(documents or (0,))
     return (query >= key) & (torch.bucketize(query, starts, right=True) == torch.bucketize(key, starts, right=True))
+
+
+def _reach(
+    owner: torch.Tensor, here: torch.Tensor, documents: tuple[int, ...] | None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Which of the positions `here` a gradient on the outputs at `owner` must reach, and which it may: as queries, as
+    keys, as values. The softmax of a query that sees one key only is 1 whatever its score: nothing must reach the two.
+    """
+    seen = _sees(owner[:, None], here[None], documents)
+    sees_several = _sees(owner, owner - 1, documents)
+    own = owner[:, None] == here[None]
+    return [
+        ((own & sees_several[:, None]).any(0), own.any(0)),
+        ((seen & sees_several[:, None]).any(0), seen.any(0)),
+        (seen.any(0), seen.any(0)),
+    ]
 
 
 def _numbers(core: CoreAttention, cp_rank: int, device: torch.device) -> list[int]:

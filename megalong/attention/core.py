@@ -2,7 +2,7 @@
 
 It takes the local shard of queries, keys and values, already rotated, and returns the local shard of the output.
 Document boundaries come through megatron's `attention_mask` argument: None, or a short CPU int64 tensor of the global
-positions at which documents start. A tensor, because megatron's recompute passes tensors through, so that the
+positions at which documents start. A tensor, because recompute hands a layer its own tensors again, so that the
 recomputation of an earlier micro-batch sees its own boundaries.
 
 In a layer spec: `core_attention=functools.partial(CoreAttention, attention=config.attention)`.
@@ -11,6 +11,8 @@ In a layer spec: `core_attention=functools.partial(CoreAttention, attention=conf
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalong.attention import kernels
 from megalong.attention.algorithms import Algorithm
+from megalong.attention.kept import Kept
 from megalong.attention.merge import accumulation_dtype
 from megalong.attention.requirements import check
 from megalong.attention.tiles import Documents
@@ -69,6 +72,7 @@ class CoreAttention(MegatronModule):
         self.kv_heads = config.num_query_groups // groups.tp.size()
         check(self.attention, self.kv_heads, groups.cp.size(), self.cp_comm_type)
         self.algorithm = Algorithm(self.cp_comm_type, groups.cp, getattr(groups, "hcp", None) or _hierarchy())
+        self._kept: Kept | None = None
 
     def forward(
         self,
@@ -94,19 +98,26 @@ class CoreAttention(MegatronModule):
         """
         assert attention_bias is None, "attention bias is not supported"
         assert packed_seq_params is None, "documents are given by their starts, not by packed_seq_params"
-        kernel = kernels.select(self.attention.kernel, query.device, query.dtype, query.shape[-1], self.scale)
+        kernel = kernels.select(
+            self.attention.kernel, query.device, query.dtype, query.shape[-1], self.scale, tokens=query.shape[0]
+        )
         documents = self._documents(attention_mask)
         wire = accumulation_dtype(key.dtype) if self.attention.grad_wire_dtype == "fp32" else key.dtype
-        out = self.algorithm(query, key, value, documents, kernel, wire)
+        out = self.algorithm(query, key, value, documents, kernel, wire, self._kept)
         return out.flatten(2)
 
+    @contextmanager
+    def keeping(self, kept: Kept | None) -> Iterator[None]:
+        """Within the block, attention goes by way of `kept`."""
+        before, self._kept = self._kept, kept
+        try:
+            yield
+        finally:
+            self._kept = before
+
     def _documents(self, starts: torch.Tensor | None) -> Documents:
-        expected = self.attention.document_mask == "intra"
-        assert (starts is not None) == expected, (
-            f"attention.document_mask={self.attention.document_mask}, but document starts are "
-            f"{'missing' if expected else 'given'}"
-        )
-        if starts is None:
+        if starts is None:  # with document_mask=none they are given where shorter sequences are packed
+            assert self.attention.document_mask == "none", "document_mask=intra, but document starts are missing"
             return None
         assert starts.dtype == torch.int64, starts.dtype
         assert starts.dim() == 1, starts.shape

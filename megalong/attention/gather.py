@@ -19,7 +19,8 @@ import torch
 from megalong.attention import blocks
 from megalong.attention.blocks import bhsd
 from megalong.attention.exchange import Exchange
-from megalong.attention.kernels import Kernel
+from megalong.attention.kept import Kept, Results, results
+from megalong.attention.kernel import Attended, Kernel
 from megalong.attention.merge import accumulation_dtype
 from megalong.attention.tiles import Documents, Tiles, halves, joined, tiles
 from megalong.attention.zigzag import chunk_ranges
@@ -49,6 +50,22 @@ def plan(seq_length: int, size: int, rank: int, documents: Documents) -> Plan:
     return Plan(tiles(queries, queries, documents), *gathered)
 
 
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Exchange, steps: Plan, kernel: Kernel) -> Results:
+    """Attention of local queries [S, B, H, D] to all keys [S, B, K, D] of the group.
+
+    Returns:
+        out [S, B, H, D] in q's dtype and lse [B, H, S] in the accumulation dtype.
+    """
+    (early, early_here), (late, late_here) = _gather(group, k, v)
+    q_ = bhsd(q)
+    out, lse = blocks.forward_first(kernel, q_, bhsd(k), bhsd(v), steps.own)
+    early_here.wait()
+    blocks.forward_more(kernel, q_, bhsd(early[0]), bhsd(early[1]), steps.early, out, lse)
+    late_here.wait()
+    blocks.forward_more(kernel, q_, bhsd(late[0]), bhsd(late[1]), steps.late, out, lse)
+    return blocks.sbhd(out, q.dtype), lse
+
+
 class GatheredAttention(torch.autograd.Function):
     """The algorithm as one differentiable step; saves q, k, v, out and lse only."""
 
@@ -62,18 +79,12 @@ class GatheredAttention(torch.autograd.Function):
         steps: Plan,
         kernel: Kernel,
         wire_dtype: torch.dtype,
+        kept: Kept | None,
     ) -> torch.Tensor:
-        (early, early_here), (late, late_here) = _gather(group, k, v)
-        q_ = bhsd(q)
-        out, lse = blocks.forward_first(kernel, q_, bhsd(k), bhsd(v), steps.own)
-        early_here.wait()
-        blocks.forward_more(kernel, q_, bhsd(early[0]), bhsd(early[1]), steps.early, out, lse)
-        late_here.wait()
-        blocks.forward_more(kernel, q_, bhsd(late[0]), bhsd(late[1]), steps.late, out, lse)
-        result = blocks.sbhd(out, q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        out, lse = results(kept, lambda: forward(q, k, v, group, steps, kernel))
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = (group, steps, kernel, wire_dtype)
-        return result
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -84,7 +95,7 @@ class GatheredAttention(torch.autograd.Function):
         dq = blocks.empty_bhsd(q_, wide).zero_()
 
         def shares(k: torch.Tensor, v: torch.Tensor, of: Tiles) -> list[blocks.Share]:
-            return blocks.backward(kernel, dout_, q_, bhsd(k), bhsd(v), out_, lse, of, dq)
+            return blocks.backward(kernel, dout_, Attended(q_, bhsd(k), bhsd(v), out_, lse), of, dq)
 
         def scatter(keys: torch.Tensor, values: torch.Tensor, of: Tiles) -> tuple[list[torch.Tensor], Any]:
             total = torch.zeros(2, *keys.shape, dtype=wide, device=q.device)
@@ -105,7 +116,7 @@ class GatheredAttention(torch.autograd.Function):
         late_sum.wait()
         home = torch.stack([torch.cat(halves_).to(wide) for halves_ in zip(d_early, d_late, strict=True)])
         blocks.add_shares(home, own)
-        return blocks.sbhd(dq, q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None, None
+        return blocks.sbhd(dq, q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), *(None,) * 5
 
 
 def _gather(group: Exchange, k: torch.Tensor, v: torch.Tensor) -> list[tuple[list[torch.Tensor], Any]]:

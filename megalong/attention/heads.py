@@ -9,6 +9,9 @@ zigzag shard of a ring of CP/a ranks with chunks a times as long, so the ring of
 Heads travel in pieces: while one piece is attended to, the next arrives and the previous output leaves. A piece is
 one key-value head with its queries; where a rank has only one (and no ring), its queries are cut in two.
 
+In names of tensors, beyond the package's legend: A ranks of the group, P key-value heads per rank after the exchange,
+T pieces of the queries of one of them; K and H are then what one piece holds of them (K is 1).
+
 Saved for backward are the tensors after the exchange (as large as those before it), so backward moves only dout, dq,
 dk and dv: as many bytes as forward.
 """
@@ -17,13 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megalong.attention import ring as p2p
 from megalong.attention.exchange import Exchange, Pending, Ring
-from megalong.attention.kernels import Kernel
+from megalong.attention.kept import Kept, results
+from megalong.attention.kernel import Attended, Kernel
 from megalong.attention.tiles import Tiles
 from megalong.attention.zigzag import chunk_ranges
 
@@ -35,7 +40,7 @@ class Groups:
     inner: Exchange
     outer: Ring
 
-    def cuts(self, heads: int, kv_heads: int) -> tuple[int, int]:
+    def pieces(self, heads: int, kv_heads: int) -> tuple[int, int]:
         """(key-value heads per rank after the exchange, pieces in which the queries of one such head travel)."""
         per_rank = kv_heads // self.inner.size
         group = heads // kv_heads
@@ -77,20 +82,21 @@ class HeadAttention(torch.autograd.Function):
         steps: tuple[Tiles, ...],
         kernel: Kernel,
         wire_dtype: torch.dtype,
+        kept: Kept | None,
     ) -> torch.Tensor:
         a = groups.inner.size
-        kv_pieces, q_pieces = groups.cuts(q.shape[2], k.shape[2])
-        q_ = q.unflatten(2, (a, kv_pieces, q_pieces, -1))
-        k_, v_ = (x.unflatten(2, (a, kv_pieces, 1)) for x in (k, v))
+        kv_pieces, q_pieces = groups.pieces(q.shape[2], k.shape[2])
+        q_SBAPTHD = q.unflatten(2, (a, kv_pieces, q_pieces, -1))
+        k_SBAPKD, v_SBAPKD = (x.unflatten(2, (a, kv_pieces, 1)) for x in (k, v))
         order = [(p, t) for p in range(kv_pieces) for t in range(q_pieces)]
 
         def arrive(p: int, t: int) -> tuple[torch.Tensor, Pending]:
             with_keys = t == 0
             return groups.to_heads(
                 [
-                    torch.cat((q_[:, :, j, p, t], k_[:, :, j, p], v_[:, :, j, p]), 2)
+                    torch.cat((q_SBAPTHD[:, :, j, p, t], k_SBAPKD[:, :, j, p], v_SBAPKD[:, :, j, p]), 2)
                     if with_keys
-                    else q_[:, :, j, p, t]
+                    else q_SBAPTHD[:, :, j, p, t]
                     for j in range(a)
                 ]
             )
@@ -107,29 +113,30 @@ class HeadAttention(torch.autograd.Function):
             queries = now
             if t == 0:
                 queries, keys, values = now.tensor_split((-2, -1), 2)
-            out, lse = p2p.forward(queries, keys, values, groups.outer, steps, kernel)
+            piece = (queries, keys, values, groups.outer, steps, kernel)
+            out, lse = results(kept, partial(p2p.forward, *piece))
             leaving.append(groups.to_sequence(out))
             saved += [now, out, lse]
-        result = torch.empty_like(q_)
+        out_SBAPTHD = torch.empty_like(q_SBAPTHD)
         for (p, t), (parts, pending) in zip(order, leaving, strict=True):
             pending.wait()
             for j, part in enumerate(parts):
-                result[:, :, j, p, t] = part
+                out_SBAPTHD[:, :, j, p, t] = part
         ctx.save_for_backward(*saved)
         ctx.rest = (groups, steps, kernel, wire_dtype, q.shape, k.shape)
-        return result.flatten(2, 5)
+        return out_SBAPTHD.flatten(2, 5)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         groups, steps, kernel, wire_dtype, q_shape, k_shape = ctx.rest
         saved = ctx.saved_tensors
         a = groups.inner.size
-        kv_pieces, q_pieces = groups.cuts(q_shape[2], k_shape[2])
-        dout_ = dout.unflatten(2, (a, kv_pieces, q_pieces, -1))
+        kv_pieces, q_pieces = groups.pieces(q_shape[2], k_shape[2])
+        dout_SBAPTHD = dout.unflatten(2, (a, kv_pieces, q_pieces, -1))
         order = [(p, t) for p in range(kv_pieces) for t in range(q_pieces)]
 
         def arrive(p: int, t: int) -> tuple[torch.Tensor, Pending]:
-            return groups.to_heads([dout_[:, :, j, p, t] for j in range(a)])
+            return groups.to_heads([dout_SBAPTHD[:, :, j, p, t] for j in range(a)])
 
         leaving: list[tuple[list[torch.Tensor], Pending]] = []
         keys = values = dk = dv = dout
@@ -142,18 +149,17 @@ class HeadAttention(torch.autograd.Function):
             queries, out, lse = saved[3 * i : 3 * i + 3]
             if t == 0:
                 queries, keys, values = queries.tensor_split((-2, -1), 2)
-            dq, dk_part, dv_part = p2p.backward(
-                now, queries, keys, values, out, lse, groups.outer, steps, kernel, wire_dtype
-            )
+            attended = Attended(queries, keys, values, out, lse)
+            dq, dk_part, dv_part = p2p.backward(now, attended, groups.outer, steps, kernel, wire_dtype)
             dk, dv = (dk_part, dv_part) if t == 0 else (dk + dk_part, dv + dv_part)
             whole = torch.cat((dq, dk, dv), 2) if t == q_pieces - 1 else dq
             leaving.append(groups.to_sequence(whole))
-        d_q = dout.new_empty(dout_.shape)
-        d_k, d_v = (dout.new_empty(*k_shape).unflatten(2, (a, kv_pieces, 1)) for _ in range(2))
+        dq_SBAPTHD = dout.new_empty(dout_SBAPTHD.shape)
+        dk_SBAPKD, dv_SBAPKD = (dout.new_empty(*k_shape).unflatten(2, (a, kv_pieces, 1)) for _ in range(2))
         for (p, t), (parts, pending) in zip(order, leaving, strict=True):
             pending.wait()
             for j, part in enumerate(parts):
                 if t == q_pieces - 1:
-                    part, d_k[:, :, j, p], d_v[:, :, j, p] = part.tensor_split((-2, -1), 2)
-                d_q[:, :, j, p, t] = part
-        return d_q.flatten(2, 5), d_k.flatten(2, 4), d_v.flatten(2, 4), None, None, None, None
+                    part, dk_SBAPKD[:, :, j, p], dv_SBAPKD[:, :, j, p] = part.tensor_split((-2, -1), 2)
+                dq_SBAPTHD[:, :, j, p, t] = part
+        return dq_SBAPTHD.flatten(2, 5), dk_SBAPKD.flatten(2, 4), dv_SBAPKD.flatten(2, 4), *(None,) * 5

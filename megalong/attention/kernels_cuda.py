@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from megalong.attention.kernels import Cuts, Grads
+from megalong.attention.kernel import Attended, CuSeqlens, Grads
 
 aten = torch.ops.aten
 
@@ -33,15 +33,15 @@ class CudaFlash:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cu_seqlens: CuSeqlens = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        if cuts is None:
+        if cu_seqlens is None:
             out, lse, *_ = aten._flash_attention_forward(
                 q_, k_, v_, None, None, q.shape[2], k.shape[2], 0.0, causal, False, scale=self.scale
             )
             return out.transpose(1, 2), lse
-        rows, longest = _rows(cuts, q.device)
+        rows, longest = _rows(cu_seqlens, q.device)
         parts = [
             aten._flash_attention_forward(
                 q_[b], k_[b], v_[b], rows, rows, longest, longest, 0.0, causal, False, scale=self.scale
@@ -50,27 +50,18 @@ class CudaFlash:
         ]
         return _batch([p[0] for p in parts]).transpose(1, 2), _batch([p[1] for p in parts])
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        cuts: Cuts = None,
-    ) -> Grads:
+    def backward(self, dout: torch.Tensor, attended: Attended, causal: bool, cu_seqlens: CuSeqlens = None) -> Grads:
+        q, k, v, out, lse = attended
         dout_, q_, k_, v_, out_ = (x.transpose(1, 2) for x in (dout, q, k, v, out))
         lse = lse.contiguous()
         seed, unused = _no_dropout(q.device, torch.uint64)
-        if cuts is None:
+        if cu_seqlens is None:
             dq, dk, dv = aten._flash_attention_backward(
                 dout_, q_, k_, v_, out_, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, seed, unused,
                 scale=self.scale,
             )  # fmt: skip
         else:
-            rows, longest = _rows(cuts, q.device)
+            rows, longest = _rows(cu_seqlens, q.device)
             parts = [
                 aten._flash_attention_backward(
                     dout_[b], q_[b], k_[b], v_[b], out_[b], lse[b], rows, rows, longest, longest, 0.0, causal, seed,
@@ -93,26 +84,17 @@ class CudnnFlash:
         self.scale = scale
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cuts: Cuts = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, cu_seqlens: CuSeqlens = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert cuts is None
+        assert cu_seqlens is None
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=self.scale
         )
         return out, lse.reshape(q.shape[:-1])
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        cuts: Cuts = None,
-    ) -> Grads:
-        assert cuts is None
+    def backward(self, dout: torch.Tensor, attended: Attended, causal: bool, cu_seqlens: CuSeqlens = None) -> Grads:
+        assert cu_seqlens is None
+        q, k, v, out, lse = attended
         seed, offset = _no_dropout(q.device, torch.int64)
         return aten._scaled_dot_product_cudnn_attention_backward(
             dout, q, k, v, out, lse.contiguous().unsqueeze(-1), seed, offset, None, None, None,
@@ -120,10 +102,13 @@ class CudnnFlash:
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=8)  # the same cuts come back in every layer, forward and backward
-def _rows(cuts: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+# the same ones come back in every layer, forward and backward, for each micro-batch that a pipeline has in flight and
+# each step of its ring; from pinned memory, so that the host does not wait for the device
+@functools.lru_cache(maxsize=4096)
+def _rows(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
     """(cumulative lengths, int32 on the device; longest square)."""
-    return torch.tensor(cuts, dtype=torch.int32, device=device), max(b - a for a, b in pairwise(cuts))
+    rows = torch.tensor(cu_seqlens, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return rows.to(device, non_blocking=True), max(b - a for a, b in pairwise(cu_seqlens))
 
 
 def _batch(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -28,14 +28,6 @@ class Peak(NamedTuple):
     backward: int
 
 
-def saved_bytes(shard: Shard) -> int:
-    """Bytes that one layer keeps from forward to backward: q, k, v, out (model dtype) and lse.
-
-    All algorithms alike. For p2p and all_gather q, k, v and out are the caller's own tensors, so only lse is new.
-    """
-    return (2 * shard.rows + shard.block) * shard.element_bytes + _lse(shard)
-
-
 def peak_bytes(cp_comm_type: str, shard: Shard, cp: int, inner: int | None = None) -> Peak:
     """Upper bounds of one layer, without the workspace of kernel and collectives.
 
@@ -58,6 +50,21 @@ def peak_bytes(cp_comm_type: str, shard: Shard, cp: int, inner: int | None = Non
         2 * packed + rows + max(2 * rows, attention.forward),
         3 * rows + max(3 * packed, packed + attention.backward),
     )
+
+
+def flash_scratch(shard: Shard, keys: int, documents: int = 1, copies: int = 1) -> int:
+    """Bytes that flash attention's backward takes for itself: an fp32 dQ, and dK and dV of every query head.
+
+    (flash-attention 2.8, csrc/flash_attn/flash_api.cpp.) cuDNN does not tell what it takes; it is booked alike.
+
+    Args:
+        keys: keys of the longest tile; all_gather's are longer than its rows.
+        documents: told apart in one call; each is rounded up to 128 rows.
+        copies: of dQ: 1, and ceil(multiprocessors / (batch * heads)) where the result is to be deterministic.
+    """
+    width = shard.batch * shard.heads * shard.head_dim
+    repeated = 2 * keys * width * shard.element_bytes if shard.heads != shard.kv_heads else 0
+    return 4 * copies * (shard.tokens + 128 * documents) * width + repeated
 
 
 def _ring(s: Shard, n: int) -> Peak:

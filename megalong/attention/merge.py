@@ -1,4 +1,4 @@
-"""How are two partial attentions over disjoint keys made into one?
+"""Two partial attentions over disjoint keys become one by their log-sum-exps.
 
 With out_i = softmax(s_i) v_i and lse_i = log sum exp s_i, the attention over both key sets is
 

@@ -1,4 +1,4 @@
-"""How many bytes do the attention collectives move, how long does compute wait for them, and how long does it work?
+"""Bytes that the attention collectives move, time that compute waits for them, and time that the kernels work.
 
 Off by default and then free: every collective looks at one module variable. Inside `recording()` (or between
 `start()` and `stop()`) each collective adds its payload bytes by kind and each wait adds its exposed time.
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -138,9 +139,24 @@ def kernel_call(call: Callable[..., T], *args: Any) -> T:
     return call(*args) if _stopwatch is None else _stopwatch.time(call, *args)
 
 
+@contextmanager
+def waits_on(watch: Stopwatch) -> Iterator[None]:
+    """Inside the block, time how long compute stands still for attention's collectives, whether bytes are counted or
+    not."""
+    global _waits
+    _waits, before = watch, _waits
+    try:
+        yield
+    finally:
+        _waits = before
+
+
+_waits: Stopwatch | None = None
+
+
 def timed(wait: Callable[[], object]) -> None:
     """Call `wait`, noting how long compute stands still in it."""
-    if _meter is None:
-        wait()
-    else:
-        _meter.waits.time(wait)
+    for watch in (_waits, _meter.waits if _meter is not None else None):
+        if watch is not None:
+            wait = partial(watch.time, wait)
+    wait()

@@ -26,7 +26,8 @@ import torch
 from megalong.attention import blocks
 from megalong.attention.blocks import bhsd
 from megalong.attention.exchange import Move, Ring
-from megalong.attention.kernels import Grads, Kernel
+from megalong.attention.kept import Kept, results
+from megalong.attention.kernel import Attended, Grads, Kernel
 from megalong.attention.merge import accumulation_dtype
 from megalong.attention.tiles import Documents, Tiles, halves, tiles
 from megalong.attention.zigzag import chunk_ranges
@@ -74,11 +75,7 @@ def forward(
 
 def backward(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    attended: Attended,
     ring: Ring,
     steps: tuple[Tiles, ...],
     kernel: Kernel,
@@ -87,17 +84,19 @@ def backward(
     """Gradients (dq [S, B, H, D], dk, dv [S, B, K, D]) of `forward`, in the inputs' dtypes.
 
     Args:
+        attended: arguments and results of `forward`.
         wire_dtype: dtype in which dk and dv travel; they are always accumulated in the accumulation dtype.
     """
+    q, k, v, out, lse = attended
     dout_, q_, out_ = bhsd(dout), bhsd(q), bhsd(out)
     if ring.size == 1:
-        grads = blocks.backward_alone(kernel, dout_, q_, bhsd(k), bhsd(v), out_, lse, steps[0])
+        grads = blocks.backward_alone(kernel, dout_, Attended(q_, bhsd(k), bhsd(v), out_, lse), steps[0])
         return tuple(blocks.sbhd(g, g.dtype) for g in grads)  # type: ignore[return-value]
 
     dq = blocks.empty_bhsd(q_, accumulation_dtype(q.dtype)).zero_()
 
     def shares(k: torch.Tensor, v: torch.Tensor, of: Tiles) -> list[blocks.Share]:
-        return blocks.backward(kernel, dout_, q_, bhsd(k), bhsd(v), out_, lse, of, dq)
+        return blocks.backward(kernel, dout_, Attended(q_, bhsd(k), bhsd(v), out_, lse), of, dq)
 
     first, last = halves(steps[0])
     here = torch.stack((k, v))
@@ -141,12 +140,13 @@ class RingAttention(torch.autograd.Function):
         steps: tuple[Tiles, ...],
         kernel: Kernel,
         wire_dtype: torch.dtype,
+        kept: Kept | None,
     ) -> torch.Tensor:
-        out, lse = forward(q, k, v, ring, steps, kernel)
+        out, lse = results(kept, lambda: forward(q, k, v, ring, steps, kernel))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = (ring, steps, kernel, wire_dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return (*backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None)
+        return (*backward(dout, Attended(*ctx.saved_tensors), *ctx.rest), *(None,) * 5)

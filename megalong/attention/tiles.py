@@ -1,4 +1,4 @@
-"""Which rectangles of the attention matrix must be computed between some queries and some keys?
+"""Causal and document masks as a list of rectangles to compute between some queries and some keys.
 
 Causality, zigzag order and document boundaries all reduce to a list of `Tile`: a slice of queries, a slice of
 keys, and whether the tile is full or causal. No mask tensor exists anywhere. Two different chunks share at most
@@ -102,12 +102,12 @@ def halves(of: Tiles) -> tuple[Tiles, Tiles]:
 def _diagonal(chunk: tuple[int, int], q_at: int, k_at: int, documents: Documents) -> list[Tile]:
     start, stop = chunk
     if documents is None:
-        cuts = [start, stop]
+        bounds = [start, stop]
     else:
         inner = documents[bisect_right(documents, start) : bisect_right(documents, stop - 1)]
-        cuts = [start, *inner, stop]
+        bounds = [start, *inner, stop]
     return [
-        Tile(a - start + q_at, b - start + q_at, a - start + k_at, b - start + k_at, True) for a, b in pairwise(cuts)
+        Tile(a - start + q_at, b - start + q_at, a - start + k_at, b - start + k_at, True) for a, b in pairwise(bounds)
     ]
 
 

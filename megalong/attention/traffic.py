@@ -12,7 +12,8 @@ block = 2*S*B*K*D the elements of one block of keys and values:
 | a2a+p2p    | (a-1)/a * 2*S*B*(H+K)*D * e + (r-1) * block * e | the same a2a + (r-1) * block * (e + w) |
 | all_gather | (n-1) * block * e                            | (n-1) * block * (e + w) |
 
-Recompute runs the forward once more and doubles its row. A test counts the bytes and compares them with these.
+Recompute runs the forward once more and doubles its row, unless it keeps attention (`kept.py`): then only the a2a is
+done again. A test counts the bytes and compares them with these.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checkpoints: the trainer's own (store, pointer), Hugging Face's names and files, and conversion between them."""
+"""What the trainer writes and resumes: checkpoints on their way to disk and back, their records, the newest one."""

@@ -10,44 +10,39 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
-from dataclasses import asdict, dataclass, field, fields
+import subprocess
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megalong import __version__
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.files import write_text
+from megalong.runtime.json_file import read_as, read_json, shown
 
 INFO = "megalong.json"
 HF_FILES = "hf_files"
 FORMAT_VERSION = 1
-
-# What belongs to a Hugging Face directory besides weights: tokenizer files of every Llama generation, generation and
-# chat settings, and texts that a licence asks to keep.
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "USE_POLICY.md",
-    "NOTICE",
-)
 
 
 def _versions() -> dict[str, str]:
     return {"megalong": __version__} | {
         name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "transformers", "safetensors")
     }
+
+
+@cache
+def _commit() -> dict[str, str]:
+    """The commit, with "-dirty" where a file was changed; nothing if it is none."""
+    package = Path(__file__).resolve().parents[1]
+    try:
+        for words in ("ls-files --error-unmatch __init__.py", "describe --always --dirty --abbrev=40"):
+            command = ["git", "-C", str(package), *words.split()]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": done.stdout.strip()}
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,22 @@ class CheckpointInfo:
     """Optimizer steps done in the stage."""
     consumed_samples: int = 0
     """Sequences read in the stage."""
+    tokens_before: int = 0
+    """Tokens read by the stages before it; 0 in a checkpoint that was written before they were counted."""
     versions: dict[str, str] = field(default_factory=_versions)
     """Libraries that wrote the checkpoint."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def tokens(self) -> int:
+        """Tokens read to get here, by this stage and those before it."""
+        return self.tokens_before + self.consumed_samples * self.seq_length
+
 
 def write_info(folder: Path, info: CheckpointInfo) -> None:
-    """Write the record into a checkpoint folder."""
-    write_text(folder / INFO, info_json(info))
+    """Write the record into a checkpoint folder, with the commit that this is a checkout of."""
+    # here, not in every record that is made: one rank writes, and git need not be asked by all of them
+    write_text(folder / INFO, info_json(replace(info, versions={**info.versions, **_commit()})))
 
 
 def info_json(info: CheckpointInfo) -> str:
@@ -88,32 +91,20 @@ def read_info(folder: Path) -> CheckpointInfo:
         CheckpointError: missing, damaged, or written by a later version.
     """
     path = folder / INFO
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = record["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {version}; this megalong reads version {FORMAT_VERSION}. Use the version "
-                f"that wrote it: {record.get('versions')}."
-            )
-        info = CheckpointInfo(**{f.name: record[f.name] for f in fields(CheckpointInfo)})
-        if not isinstance(info.hf_config, dict):
-            raise TypeError("hf_config is not an object")
-    except FileNotFoundError as error:
+    if not path.exists():
         raise CheckpointError(
             f"{path} is missing: {folder} is not a whole checkpoint of megalong. Use an older step, or convert again."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). Use an older step.") from error
+        )
+    record = read_json(path, CheckpointError, "Use an older step.")
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {shown(version)}; this megalong reads version {FORMAT_VERSION}. Use the "
+            f"version that wrote it: {shown(record.get('versions'), 200)}."
+        )
+    record.setdefault("tokens_before", 0)
+    info = read_as(CheckpointInfo, record, f"{path} is damaged", CheckpointError, "Use an older step.", exact=False)
+    for name in ("seq_length", "step", "consumed_samples", "tokens_before", "tokens"):
+        if not 0 <= getattr(info, name) < 2**63:
+            raise CheckpointError(f"{path} is damaged: {name}={shown(getattr(info, name))}. Use an older step.")
     return info
-
-
-def carry_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, generation and original config files from `source` (a Hugging Face directory or another
-    checkpoint's `hf_files`) into the folder `target`; returns the names copied."""
-    names = [name for name in CARRIED if (source / name).is_file()]
-    if names:
-        target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names

@@ -1,4 +1,4 @@
-"""How do the flat shards of the distributed optimizer become whole tensors on disk, and shards again?
+"""How do the optimizer's flat shards become whole tensors on disk, and shards again? Through one owner per parameter.
 
 megatron's distributed optimizer cuts one flat buffer of all parameters into equal shards, one per rank of the
 DP x CP group. On disk every parameter has whole fp32 tensors (master weight and two moments) in the parameter's own
@@ -27,7 +27,7 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """What one rank holds of a flattened parameter: elements start..end."""
 
     rank: int
@@ -36,7 +36,7 @@ class Piece:
     end: int
 
 
-def pieces_of(start: int, end: int, offset: int, numel: int, ranks: int) -> tuple[Piece, ...]:
+def shards_of(start: int, end: int, offset: int, numel: int, ranks: int) -> tuple[Shard, ...]:
     """Who holds which part of a parameter.
 
     Args:
@@ -45,18 +45,18 @@ def pieces_of(start: int, end: int, offset: int, numel: int, ranks: int) -> tupl
     """
     assert numel % ranks == 0, (numel, ranks)
     assert offset <= start < end <= offset + numel, (start, end, offset, numel)
-    shard = numel // ranks
-    first, last = (start - offset) // shard, (end - 1 - offset) // shard
+    width = numel // ranks
+    first, last = (start - offset) // width, (end - 1 - offset) // width
     found = []
     for rank in range(first, last + 1):
-        low, high = offset + rank * shard, offset + (rank + 1) * shard
-        found.append(Piece(rank, max(start, low) - start, min(end, high) - start))
+        low, high = offset + rank * width, offset + (rank + 1) * width
+        found.append(Shard(rank, max(start, low) - start, min(end, high) - start))
     return tuple(found)
 
 
-def owner_of(pieces: Sequence[Piece]) -> int:
-    """The rank with the largest piece; the first of equals."""
-    return max(pieces, key=lambda p: (p.end - p.start, -p.rank)).rank
+def owner_of(shards: Sequence[Shard]) -> int:
+    """The rank with the largest shard; the first of equals."""
+    return max(shards, key=lambda s: (s.end - s.start, -s.rank)).rank
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Spread:
     """A parameter and who holds it."""
 
     parameter: torch.nn.Parameter
-    pieces: tuple[Piece, ...]
+    shards: tuple[Shard, ...]
 
     @property
     def owner(self) -> int:
-        return owner_of(self.pieces)
+        return owner_of(self.shards)
 
-    def of(self, rank: int) -> Piece | None:
+    def of(self, rank: int) -> Shard | None:
         """What a rank holds."""
-        return next((p for p in self.pieces if p.rank == rank), None)
+        return next((s for s in self.shards if s.rank == rank), None)
 
 
 def part_of(optimizer: MegatronOptimizer) -> Any:
@@ -88,26 +88,29 @@ def spreads(part: Any) -> Iterator[Spread]:
     for buffer in part.buffers:
         for parameter, (start, end, bucket) in buffer.param_index_map.items():
             held = buffer.buckets[bucket]
-            yield Spread(parameter, pieces_of(start, end, held.offset, held.grad_data.numel(), ranks))
+            yield Spread(parameter, shards_of(start, end, held.offset, held.grad_data.numel(), ranks))
 
 
-def sharded_state(optimizer: MegatronOptimizer, sharded_model: Any, loading: bool) -> dict[str, Any]:
-    """What megatron's dist_checkpointing saves or loads for the optimizer; every rank of the group calls this.
+def sharded_tensors(
+    optimizer: MegatronOptimizer, sharded_model: Any, loading: bool, keys: Sequence[str] = KEYS
+) -> dict[str, Any]:
+    """This rank's own of the optimizer's tensors, described as megatron-core does; every rank of the group calls it.
 
     Args:
         sharded_model: the model's `sharded_state_dict()`: shapes, cuts and names of the weights.
         loading: leave the tensors empty.
+        keys: which of master weight and moments.
     """
     part = part_of(optimizer)
     entries = extract_sharded_tensors_and_factories(sharded_model)[0]
     weights = {entry.data: entry for entry in nested_values(entries)}
-    mine = _empty(part) if loading else _collect(part)
+    mine = _empty(part, keys) if loading else _collect(part)
     tensors = {}
     for number, spread in enumerate(spreads(part)):
         weight = weights[spread.parameter]
         for key, whole in mine.get(number, {}).items():
             settings = {
-                "key": f"optimizer.state.{key}.{weight.key}",
+                "key": disk_key(key, weight.key),
                 "data": whole.view(spread.parameter.shape),
                 "dtype": whole.dtype,
                 "replica_id": (*weight.replica_id[:-1], 0),  # whatever the owner's rank, it is the one that writes
@@ -115,35 +118,39 @@ def sharded_state(optimizer: MegatronOptimizer, sharded_model: Any, loading: boo
             if isinstance(weight, ShardedTensorFactory):
                 del settings["dtype"]
             tensors[f"{number}.{key}"] = replace(weight, **settings)
-    return {"common": part.state_dict(), "tensors": tensors}
+    return tensors
 
 
-def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Put back what `sharded_state(loading=True)` asked for; every rank of the group calls this."""
+def disk_key(key: str, weight: str) -> str:
+    """Key on disk of the master weight (`param`) or a moment of the weight with this key."""
+    return f"optimizer.state.{key}.{weight}"
+
+
+def load_tensors(optimizer: MegatronOptimizer, tensors: dict[str, Any], keys: Sequence[str] = KEYS) -> None:
+    """Put back what `sharded_tensors(loading=True)` gave, filled; every rank of the group calls this."""
     part = part_of(optimizer)
-    part.load_state_dict(loaded["common"])
     whole: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in loaded["tensors"].items():
+    for name, tensor in tensors.items():
         number, key = name.split(".")
-        whole.setdefault(int(number), {})[key] = tensor.flatten()
-    _hand_out(part, whole)
+        whole.setdefault(int(number), {})[key] = tensor.data.flatten()
+    _hand_out(part, whole, keys)
 
 
-def _mine(part: Any, spread: Spread, rank: int) -> dict[str, torch.Tensor]:
-    """This rank's flat pieces of a parameter, as they are in the optimizer."""
-    piece = spread.of(rank)
-    if piece is None:
+def _mine(part: Any, spread: Spread, rank: int, keys: Sequence[str] = KEYS) -> dict[str, torch.Tensor]:
+    """This rank's flat shards of a parameter, as they are in the optimizer."""
+    shard = spread.of(rank)
+    if shard is None:
         return {}
     tensors = part._get_main_param_and_optimizer_states(spread.parameter)
-    flat = {key: tensors[key].view(-1) for key in KEYS}
-    assert all(t.numel() == piece.end - piece.start for t in flat.values()), (spread, rank)
+    flat = {key: tensors[key].view(-1) for key in keys}
+    assert all(t.numel() == shard.end - shard.start for t in flat.values()), (spread, rank)
     return flat
 
 
-def _empty(part: Any) -> dict[int, dict[str, torch.Tensor]]:
+def _empty(part: Any, keys: Sequence[str] = KEYS) -> dict[int, dict[str, torch.Tensor]]:
     rank = part.data_parallel_group.rank()
     return {
-        number: {key: torch.empty(spread.parameter.numel(), dtype=torch.float32, device="cpu") for key in KEYS}
+        number: {key: torch.empty(spread.parameter.numel(), dtype=torch.float32, device="cpu") for key in keys}
         for number, spread in enumerate(spreads(part))
         if spread.owner == rank
     }
@@ -156,14 +163,14 @@ def _collect(part: Any) -> dict[int, dict[str, torch.Tensor]]:
         here = _mine(part, spread, rank)
         ops, arrived = [], []
         if spread.owner == rank:
-            for piece in spread.pieces:
+            for shard in spread.shards:
                 for key in KEYS:
-                    place = whole[number][key][piece.start : piece.end]
-                    if piece.rank == rank:
+                    place = whole[number][key][shard.start : shard.end]
+                    if shard.rank == rank:
                         place.copy_(here[key].detach())
                         continue
                     landing = torch.empty(place.shape, dtype=place.dtype, device=part.buffers[0].grad_data.device)
-                    ops.append(dist.P2POp(dist.irecv, landing, away[piece.rank], part.data_parallel_group))
+                    ops.append(dist.P2POp(dist.irecv, landing, away[shard.rank], part.data_parallel_group))
                     arrived.append((place, landing))
         else:
             ops = [
@@ -176,20 +183,20 @@ def _collect(part: Any) -> dict[int, dict[str, torch.Tensor]]:
     return whole
 
 
-def _hand_out(part: Any, whole: dict[int, dict[str, torch.Tensor]]) -> None:
-    """Pieces from the owners into every rank's optimizer."""
+def _hand_out(part: Any, whole: dict[int, dict[str, torch.Tensor]], keys: Sequence[str] = KEYS) -> None:
+    """Shards from the owners into every rank's optimizer."""
     for number, spread, rank, away in _walk(part):
-        here = _mine(part, spread, rank)
+        here = _mine(part, spread, rank, keys)
         ops, landed = [], []
         if spread.owner == rank:
-            for piece in spread.pieces:
-                for key in KEYS:
-                    source = whole[number][key][piece.start : piece.end]
-                    if piece.rank == rank:
+            for shard in spread.shards:
+                for key in keys:
+                    source = whole[number][key][shard.start : shard.end]
+                    if shard.rank == rank:
                         here[key].data.copy_(source)
                         continue
                     source = source.to(part.buffers[0].grad_data.device)
-                    ops.append(dist.P2POp(dist.isend, source, away[piece.rank], part.data_parallel_group))
+                    ops.append(dist.P2POp(dist.isend, source, away[shard.rank], part.data_parallel_group))
             whole.pop(number)
         else:
             for tensor in here.values():

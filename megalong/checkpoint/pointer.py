@@ -1,6 +1,6 @@
-"""Which checkpoint of a run is the newest whole one?
+"""Which checkpoint of a run is the newest whole one? The one that `latest` names, or else the newest sound folder.
 
-A checkpoint folder `step_00000010` gets this name only when it is whole (see `store`). The pointer `latest` names the
+A checkpoint folder `step_00000010` gets this name only when it is whole (see `save`). The pointer `latest` names the
 newest; it is replaced in one step, and when it is missing, empty or points to nothing, the folders themselves tell.
 """
 
@@ -11,13 +11,15 @@ import re
 import shutil
 from pathlib import Path
 
-from megalong.checkpoint.checksums import Checksums
+from megalong.checkpoint.checksums import CHECKSUMS, Checksums
+from megalong.checkpoint.committed import COMMIT_MARK, is_committed
+from megalong.checkpoint.info import INFO
 from megalong.runtime.console import warn
 from megalong.runtime.errors import CheckpointError
-from megalong.runtime.files import PARTIAL, sync, write_text
+from megalong.runtime.files import PARTIAL, partial_of, sync, write_text
 
 POINTER = "latest"
-COMMIT_MARK = "metadata.json"  # megatron-core writes it last
+RUN_CONFIG = "config.yaml"  # in checkpoints of a run, not in converted ones
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -27,43 +29,49 @@ def folder_of(root: Path, step: int) -> Path:
 
 def step_of(folder: Path) -> int | None:
     """Step of a checkpoint folder by its name; None for anything else."""
-    match = re.fullmatch(r"step_(\d{8,})", folder.name)
+    match = re.fullmatch(r"step_([0-9]{8,18})", folder.name)
     return int(match.group(1)) if match else None
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether megatron's commit mark and our record are there."""
-    return (folder / COMMIT_MARK).is_file() and (folder / "megalong.json").is_file()
 
 
 def whole_ones(root: Path) -> list[Path]:
     """All whole checkpoints below `root`, oldest first."""
-    found = [p for p in root.glob("step_*") if step_of(p) is not None and is_whole(p)] if root.is_dir() else []
+    found = [p for p in root.glob("step_*") if step_of(p) is not None and is_committed(p)] if root.is_dir() else []
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
 def newest(root: Path) -> Path | None:
     """The checkpoint that `latest` names, or the newest sound one with a warning; None where there is none."""
-    pointer = root / POINTER
-    name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+    name = _pointed_to(root)
     whole = whole_ones(root)
-    named = [root / name] if name and is_whole(root / name) else []
+    named = [root / name] if name and root / name in whole else []
     for folder in [*named, *(p for p in reversed(whole) if p not in named)]:
         wrong = _damage(folder)
         if wrong is None:
-            if pointer.exists() and folder not in named:
-                what = f"names {name!r}, which is not a sound checkpoint" if name else "is empty"
-                warn(f"{pointer} {what}; falling back to {folder.name}.")
+            if name is not None and folder not in named:
+                what = f"names {name[:80]!r}, which is not a sound checkpoint" if name else "is empty or no text"
+                warn(f"{root / POINTER} {what}; falling back to {folder.name}.")
             return folder
         warn(f"{wrong} Not used.")
     return None
+
+
+def _pointed_to(root: Path) -> str | None:
+    """What `latest` says; empty where it cannot be read, None where there is none."""
+    try:
+        return (root / POINTER).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with the records that are read before the tensors are; None: nothing."""
     try:
         checksums = Checksums(folder)
-        for name in ("config.yaml", "megalong.json", COMMIT_MARK):
+        if checksums.sums is None:
+            return f"{folder / CHECKSUMS} is missing, which every checkpoint of a run has: damaged."
+        for name in (RUN_CONFIG, INFO, COMMIT_MARK):
             checksums.check(name)
     except CheckpointError as error:
         return str(error)
@@ -77,18 +85,27 @@ def older(root: Path, folder: Path) -> Path | None:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Rename a checkpoint so that nothing loads or prunes it: `step_00000010.<why>`; returns the new path."""
-    target = folder.with_name(f"{folder.name}.{why}")
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(folder, target)
-    sync(folder.parent)
+    """Rename a checkpoint so that nothing loads or prunes it: `step_00000010.<why>`, or `.<why>.2` and so on where that
+    is taken; returns the new path.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+    target, number = folder.with_name(f"{folder.name}.{why}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.{why}.{number}")
+    try:
+        os.rename(folder, target)
+        sync(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be renamed to {target.name}: {error.strerror}.") from error
     return target
 
 
 def point_to(root: Path, folder: Path) -> None:
     """Make `latest` name a whole checkpoint."""
-    assert is_whole(folder), folder
+    assert is_committed(folder), folder
     write_text(root / POINTER, folder.name + "\n")
 
 
@@ -100,7 +117,7 @@ def resolve(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder. Give a checkpoint folder or the run_dir of a run.")
-    if is_whole(path):
+    if is_committed(path):
         return path
     for root in (path / "checkpoints", path):
         found = newest(root)
@@ -117,11 +134,25 @@ def resolve(path: Path) -> Path:
 
 
 def prune(root: Path, keep: int, permanent: Path | None = None) -> list[Path]:
-    """Remove all but the `keep` newest whole checkpoints, and what interrupted saves left; returns what went."""
+    """Remove all but the `keep` newest whole checkpoints, and what interrupted saves left; returns what went.
+
+    One that cannot be removed (files that are open elsewhere on NFS, a read-only disk) is a warning; it is tried again
+    the next time, and looks whole only as long as all of it is there.
+    """
     whole = whole_ones(root)
-    gone = [p for p in whole[: max(0, len(whole) - keep)] if p != permanent] + list(root.glob(f"step_*{PARTIAL}"))
-    for folder in gone:
-        if is_whole(folder):
-            (folder / COMMIT_MARK).unlink()  # first: a kill half-way leaves nothing that looks whole
-        shutil.rmtree(folder)
-    return gone
+    left = sorted(root.glob(f"step_*{PARTIAL}"))
+    return [p for p in (*left, *whole[: max(0, len(whole) - keep)]) if p != permanent and _removed(p)]
+
+
+def _removed(folder: Path) -> bool:
+    going = folder
+    try:
+        if folder.suffix != PARTIAL:
+            going = partial_of(folder)  # in one step it no longer looks whole, and the next time knows it
+            os.rename(folder, going)
+        shutil.rmtree(going)
+    except OSError as error:
+        shutil.rmtree(going, ignore_errors=True)  # the files that can go, do
+        warn(f"{folder} cannot be removed: {error}. It is tried again after the next save; the run goes on.")
+        return False
+    return True

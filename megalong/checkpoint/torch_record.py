@@ -1,12 +1,9 @@
-"""How does one tensor lie in a torch.distributed.checkpoint file? As a whole zip archive of its own, as `torch.save`
-writes it, at a place that the checkpoint's `.metadata` names.
+"""How does one tensor lie in a torch.distributed.checkpoint file? As a whole zip archive, as `torch.save` writes it.
 
+It lies at a place that the checkpoint's `.metadata` names.
 Writing here goes through `head` and `tail`, the bytes before and after the tensor's own, so that a tensor of any size
 can be written as it comes. Reading finds the tensor's bytes, their checksum (CRC-32, part of the zip format), dtype
-and shape without loading them, and without running the pickle that describes them: only the few names that
-`torch.save` itself writes are understood.
-
-Format: torch/serialization.py `_save`, caffe2/serialize/inline_container.cc, PKWARE APPNOTE 6.3.
+and shape without loading them (`torch_archive`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import io
 import math
 import pickle
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megalong.checkpoint.torch_archive import Described, TorchArchive
 from megalong.runtime.errors import CheckpointError
 
 _ROOT = "archive"
@@ -31,7 +28,6 @@ _ALIGNMENT = 64  # torch aligns the bytes of a storage, so that a memory-mapped 
 _FLAGS = 0x0808  # sizes and checksum follow the data; names are UTF-8
 _ZIP64_FROM = 0xFFFFFFFF
 _STORAGES = {torch.float32: "FloatStorage", torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage"}
-_DTYPES = {name: dtype for dtype, name in _STORAGES.items()}
 
 
 @dataclass(frozen=True)
@@ -149,98 +145,30 @@ def find_record(read: Callable[[int, int], bytes], offset: int, length: int) -> 
         CheckpointError: the archive is damaged, or holds anything but one contiguous tensor.
     """
     try:
-        archive = zipfile.ZipFile(_Window(read, offset, length))
-        names = {name.split("/", 1)[1]: name for name in archive.namelist()}
-        if archive.read(names["byteorder"]) != b"little":
-            raise ValueError("bytes are not little-endian")
-        storage, start, shape, stride = _Description(io.BytesIO(archive.read(names["data.pkl"]))).load()
-        member = archive.getinfo(names[f"data/{storage.key}"])
-        header = read(offset + member.header_offset, 30)
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
-        raise CheckpointError(f"the record at byte {offset} is damaged: {type(error).__name__}: {error}") from error
-    data = offset + member.header_offset + 30 + name_length + extra_length
-    itemsize = storage.dtype.itemsize
-    nbytes = math.prod(shape) * itemsize
-    strides = zip(shape, stride, _contiguous(shape), strict=True)
-    is_contiguous = all(found == expected for size, found, expected in strides if size != 1)
-    if start != 0 or not is_contiguous or member.file_size != nbytes:
-        raise CheckpointError(f"the record at byte {offset} does not hold one contiguous tensor of shape {list(shape)}")
-    if header[:4] != b"PK\x03\x04" or data + nbytes > offset + length:
-        raise CheckpointError(f"the record at byte {offset} is damaged: its data lies outside of it")
-    return Record(data, nbytes, member.CRC, storage.dtype, tuple(shape))
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, read: Callable[[int, int], bytes], offset: int, length: int) -> None:
-        self._read, self._offset, self._length, self._at = read, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError("a seek before the start")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        count = left if size is None or size < 0 else min(size, left)
-        data = self._read(self._offset + self._at, count)
-        self._at += len(data)
-        return data
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: torch.dtype
-    key: str
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-def _rebuild(storage: _Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> tuple:
-    return storage, offset, tuple(shape), tuple(stride)
-
-
-class _Description(pickle.Unpickler):
-    """Reads `data.pkl` as a plain description; any name that `torch.save` does not write for a tensor is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a float tensor")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, dtype, key, _, _ = pid
-        return _Storage(dtype, key)
+        archive = TorchArchive(read, offset, length)
+        tensor = archive.content
+        if not isinstance(tensor, Described) or tensor.dtype not in _STORAGES:
+            raise ValueError("it is not part of a float tensor")
+        place = archive.bytes_of(tensor)
+    except ValueError as error:
+        raise CheckpointError(f"the record at byte {offset} is damaged: {error}") from error
+    nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+    if not tensor.is_contiguous or place.nbytes != nbytes:
+        raise CheckpointError(
+            f"the record at byte {offset} does not hold one contiguous tensor of shape {list(tensor.shape)}"
+        )
+    return Record(place.offset, nbytes, place.crc, tensor.dtype, tensor.shape)
 
 
 def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     """`data.pkl` of a contiguous tensor, as `torch.save` writes it (protocol 2)."""
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
     class Tensor:
         def __reduce__(self) -> tuple:
             numel = math.prod(shape)
             storage = ("storage", getattr(torch, _STORAGES[dtype]), "0", "cpu", numel)
-            arguments: tuple = (_Persistent(storage), 0, shape, _contiguous(shape), False, collections.OrderedDict())
+            arguments: tuple = (_Persistent(storage), 0, shape, stride, False, collections.OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
 
     stream = io.BytesIO()

@@ -1,15 +1,22 @@
 """Which settings exist, what is each one's type, unit and meaning? One dataclass per group of conf/.
 
 `Config` is the whole tree. Fields typed `X | None` whose docstring says "None: ..." are filled in by
-`megalong.config.compose.resolve`; after that, and in every `config.yaml` that a run writes, they are set.
+`megalong.recipe.resolve`; after that, and in every `config.yaml` that a run writes, they are set.
 """
 
+# ruff: noqa: RUF009 - the defaults below are `dataclasses.field`s, made by helpers
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from megalong.config.cluster import ClusterConfig
+from megalong.config.limits import among, number, one_of, within
+
+LONGEST = 2**31 - 1
+"""Positions and token ids are int32 in data files and kernels."""
+MOST_RANKS = 2**16
+"""Along one parallel axis; far above any cluster, low enough to list the layouts of a typing error."""
 
 
 @dataclass
@@ -18,31 +25,31 @@ class ModelConfig:
 
     name: str = "llama"
     """How reports call it."""
-    vocab_size: int = 128256
+    vocab_size: int = number(128256, at_least=1, at_most=LONGEST)
     """Rows of the embedding as Hugging Face stores it, without padding for tensor parallelism."""
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
+    hidden_size: int = number(4096, at_least=1)
+    intermediate_size: int = number(14336, at_least=1)
     """Width of the gated MLP (one of gate and up)."""
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
+    num_hidden_layers: int = number(32, at_least=1, at_most=1024)
+    num_attention_heads: int = number(32, at_least=1)
+    num_key_value_heads: int = number(8, at_least=1)
     """Key-value heads (grouped-query attention); equals num_attention_heads for multi-head attention."""
-    head_dim: int = 128
+    head_dim: int = number(128, at_least=2)
     """Channels per attention head."""
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
+    rms_norm_eps: float = number(1e-5, above=0, at_most=0.1)
+    rope_theta: float = number(500000.0, above=1)
     """Rotary base of the base checkpoint."""
     rope_scaling: Any = None
     """Hugging Face rope parameters other than theta: {rope_type, ...}. None: plain rotary embedding."""
-    max_position_embeddings: int = 8192
+    max_position_embeddings: int = number(8192, at_least=1, at_most=LONGEST)
     """Window of the base checkpoint, tokens."""
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float = number(0.02, above=0, at_most=1)
     """Standard deviation of random initial weights."""
-    bos_token_id: int | None = None
-    eos_token_id: Any = None
+    bos_token_id: int | None = number(None, at_least=0, at_most=LONGEST)
+    eos_token_id: Any = number(None, at_least=0, at_most=LONGEST)
     """Token id, or list of ids, that ends a text."""
 
 
@@ -50,10 +57,10 @@ class ModelConfig:
 class LayoutConfig:
     """A full parallel layout as a stage asks for it."""
 
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    dp: int = 1
+    tp: int = number(1, at_least=1, at_most=MOST_RANKS)
+    cp: int = number(1, at_least=1, at_most=MOST_RANKS)
+    pp: int = number(1, at_least=1, at_most=MOST_RANKS)
+    dp: int = number(1, at_least=1, at_most=MOST_RANKS)
 
 
 @dataclass
@@ -61,25 +68,29 @@ class StageConfig:
     """One stage of the recipe."""
 
     name: str
-    seq_length: int
+    seq_length: int = field(metadata=within(at_least=2, at_most=LONGEST))
     """Window, tokens per sequence."""
     predecessor: str | None
     """Stage whose checkpoint this one starts from; None: the base Hugging Face model."""
-    theta_law: str
-    """dynamic_ntk (chained from the predecessor), scaling_law (from the base), or fixed."""
-    global_batch_size: int
+    theta_law: str = field(metadata=among("dynamic_ntk", "scaling_law", "unchanged", "fixed"))
+    """dynamic_ntk (chained from the predecessor), scaling_law (from the base), unchanged (the predecessor's), fixed."""
+    global_batch_size: int = field(metadata=within(at_least=1))
     """Sequences per optimizer step."""
-    steps: int
+    steps: int = field(metadata=within(at_least=1))
     """Optimizer steps."""
-    lr: float
+    lr: float = field(metadata=within(above=0, at_most=1))
     """Peak learning rate."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     """Wanted layout; its product is the number of GPUs of the stage."""
-    theta_factor: float = 4.0
+    theta_factor: float = number(4.0, at_least=1)
     """Factor f of the dynamic-NTK law."""
-    theta: float | None = None
+    theta: float | None = number(None, above=1)
     """Rotary base of this stage. None: from the law. With theta_law=fixed it is required; else it must agree."""
-    card_minutes: float | None = None
+    rope_scaling: Any = None
+    """Hugging Face rope dict that this stage trains and exports with, such as {rope_type: yarn}: linear, yarn, llama3,
+    longrope, dynamic, or default for none. What it leaves out of factor and original_max_position_embeddings follows
+    from the stage's and the base's window. None: that of the weights it starts from."""
+    card_minutes: float | None = number(None, above=0)
     """Wall minutes that the published model card reports; for comparison only."""
 
 
@@ -88,13 +99,13 @@ class ScaleConfig:
     """Fixed divisors that shrink a stage while every code path stays the same."""
 
     name: str = "full"
-    window: int = 1
+    window: int = number(1, at_least=1)
     """Divides every window."""
-    steps: int = 1
+    steps: int = number(1, at_least=1)
     """Divides the steps of a stage."""
-    batch: int = 1
+    batch: int = number(1, at_least=1)
     """Divides the global batch size (never below 1)."""
-    lr: float | None = None
+    lr: float | None = number(None, above=0, at_most=1)
     """Learning rate that replaces the stage's. None: the stage's."""
 
 
@@ -102,15 +113,15 @@ class ScaleConfig:
 class TopologyConfig:
     """How ranks are shared out between the parallel axes."""
 
-    policy: str = "stage"
+    policy: str = one_of(("stage", "auto"), "stage")
     """stage: the stage's own layout, exactly. auto: the best valid layout for the ranks that are there."""
-    tp: int | None = None
+    tp: int | None = number(None, at_least=1, at_most=MOST_RANKS)
     """Tensor-parallel size. None: chosen by the policy."""
-    cp: int | None = None
+    cp: int | None = number(None, at_least=1, at_most=MOST_RANKS)
     """Context-parallel size (ranks per ring). None: chosen by the policy."""
-    pp: int | None = None
+    pp: int | None = number(None, at_least=1, at_most=MOST_RANKS)
     """Pipeline-parallel size. None: chosen by the policy."""
-    dp: int | None = None
+    dp: int | None = number(None, at_least=1, at_most=MOST_RANKS)
     """Data-parallel size. None: chosen by the policy."""
 
 
@@ -118,17 +129,17 @@ class TopologyConfig:
 class AttentionConfig:
     """Which attention is run and how keys and values move between context-parallel ranks."""
 
-    backend: str = "megalong"
+    backend: str = one_of(("megalong", "transformer_engine"), "megalong")
     """megalong, or transformer_engine (NVIDIA, extra `gpu`)."""
-    kernel: str = "auto"
+    kernel: str = one_of(("auto", "cpu_flash", "cuda_flash", "cudnn", "reference"), "auto")
     """Block kernel: auto, cpu_flash, cuda_flash, cudnn, reference."""
-    cp_comm_type: str = "p2p"
+    cp_comm_type: str = one_of(("p2p", "a2a", "a2a+p2p", "all_gather"), "p2p")
     """p2p (ring), a2a (heads), a2a+p2p (heads inside, ring outside), all_gather."""
-    hierarchical_context_parallel_sizes: list[int] | None = None
+    hierarchical_context_parallel_sizes: list[int] | None = number(None, at_least=1)
     """For a2a+p2p: [ranks exchanging heads, ranks in the ring]; the product is cp."""
-    document_mask: str = "none"
+    document_mask: str = one_of(("none", "intra"), "none")
     """none: a sequence is one text. intra: tokens attend only inside their own document."""
-    grad_wire_dtype: str = "fp32"
+    grad_wire_dtype: str = one_of(("fp32", "model"), "fp32")
     """Dtype in which dK and dV travel the ring: fp32, or model (the dtype of the keys)."""
     meters: bool = False
     """Count bytes and exposed waiting of every attention collective."""
@@ -140,47 +151,81 @@ class DataConfig:
 
     path: str | None = None
     """Folder made by tools/prepare_data.py. None: at mini scale a small corpus of real text is built."""
-    loader: str = "memmap"
+    loader: str = one_of(("memmap", "dali"), "memmap")
     """memmap, or dali (extra `dali`)."""
-    eval_sequences: int = 2
+    eval_sequences: int = number(2, at_least=0)
     """Held-out sequences read for the loss by position, at the start and at the end of a stage; 0: none."""
+    max_passes: int = number(1, at_least=1)
+    """How often the run may read each sequence; `tools/prepare_data.py` takes the key for how often it may use a
+    document. The corpus that stands in at mini scale is read as often as it takes."""
+    allow_tokenizer: str | None = None
+    """Name (in the data's manifest) of a tokenizer that may differ from the one the model came with; None: none may."""
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW through megatron's distributed optimizer."""
 
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
+    adam_beta1: float = number(0.9, at_least=0, below=1)
+    adam_beta2: float = number(0.95, at_least=0, below=1)
+    adam_eps: float = number(1e-8, above=0, at_most=1)
+    weight_decay: float = number(0.0, at_least=0, at_most=10)
+    clip_grad: float = number(1.0, at_least=0)
     """Global gradient norm above which gradients are scaled down; 0: never."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up to the learning rate; constant afterwards."""
+    warmup_steps: int = number(0, at_least=0)
+    """Steps of linear warm-up to the learning rate."""
+    decay: str = one_of(("constant", "linear", "cosine", "wsd"), "constant")
+    """After the warm-up: constant; linear or cosine to min_lr; or wsd, constant until the last wsd_steps."""
+    min_lr: float = number(0.0, at_least=0, at_most=1)
+    """Learning rate where the decay ends."""
+    decay_steps: int | None = number(None, at_least=1)
+    """Steps from the first, warm-up included, to the end of the decay. None: the stage's, if there is a decay."""
+    wsd_steps: int | None = number(None, at_least=1)
+    """Of decay_steps, the last ones, in which wsd decays. None: a tenth, if decay is wsd."""
+    wsd_shape: str = one_of(("linear", "cosine", "exponential", "minus_sqrt"), "minus_sqrt")
+    """How wsd decays; minus_sqrt: 1 - sqrt(t) (Hägele et al. 2024, arXiv 2405.18392)."""
 
 
 @dataclass
 class TrainConfig:
     """One run of one stage."""
 
-    steps: int | None = None
+    steps: int | None = number(None, at_least=1)
     """Optimizer steps. None: the stage's."""
-    stop_after: int | None = None
+    stop_after: int | None = number(None, at_least=1)
     """Save and stop after this many steps of the schedule in all (to split a run); None: at `steps`."""
-    lr: float | None = None
+    lr: float | None = number(None, above=0, at_most=1)
     """Peak learning rate. None: the stage's."""
-    global_batch_size: int | None = None
+    global_batch_size: int | None = number(None, at_least=1)
     """Sequences per optimizer step. None: the stage's."""
-    recompute: str = "full"
-    """Activation recompute: none, selective (attention only), full (every layer)."""
-    non_finite: str = "skip"
+    recompute: str = one_of(("auto", "none", "selective", "full", "attention_kept"), "auto")
+    """What backward computes again: none, selective (attention only), full (every layer), attention_kept (every layer
+    but its attention, whose output is kept). auto: what the plan finds fastest and leaves memory to spare."""
+    adam: str = one_of(("auto", "transformer_engine", "apex", "torch"), "auto")
+    """Who updates the weights. auto: on a GPU the first of them that is installed, on CPU ranks torch."""
+    norm: str = one_of(("auto", "apex", "torch"), "auto")
+    """Who computes RMSNorm, where not Transformer Engine's layers do. auto: apex on a GPU where it is installed."""
+    profile: list[int] | None = number(None, at_least=1)
+    """Steps, counted from 1, of which torch's profiler writes a trace into run_dir/profile. None: of none."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0], metadata=within(at_least=0, at_most=MOST_RANKS))
+    """Ranks whose traces are written."""
+    non_finite: str = one_of(("skip", "stop"), "skip")
     """What a loss or gradient that is not finite does: skip (leave the step out and count it) or stop (exit code 2)."""
-    heartbeat_s: float = 60.0
+    max_skipped: int = number(5, at_least=1)
+    """Steps in a row that may be left out; then the run stops (exit code 2)."""
+    heartbeat_s: float = number(60.0, at_least=1, at_most=86400)
     """Seconds without a sign of life after which a rank counts as lost and the run ends."""
-    join_s: float = 600.0
+    deterministic: bool = False
+    """Operators whose result is the same in every run, also on a GPU, where that costs time."""
+    join_s: float = number(600.0, at_least=1, at_most=86400)
     """Seconds that ranks wait for one another at the start."""
-    loss_chunk: int = 1024
+    keep_on: str = one_of(("device", "host"), "device")
+    """Where a recomputed layer's input and kept attention wait for its backward pass: device, or host (pinned memory,
+    copied out and back beside the computation)."""
+    mlp_chunk: int | None = number(None, at_least=0)
+    """Tokens whose wide MLP intermediate exists at one time, in both passes; 0: all of them. None: 4,096 where a rank
+    holds more than 16,384 of a sequence, else all."""
+    loss_chunk: int = number(1024, at_least=0)
     """Local tokens whose logits exist at one time; 0: all at once."""
 
 
@@ -188,11 +233,11 @@ class TrainConfig:
 class CheckpointConfig:
     """When and how the run is saved."""
 
-    save_steps: int = 10
+    save_steps: int = number(10, at_least=0)
     """Steps between saves; 0: only at the end."""
-    save_minutes: float = 30.0
+    save_minutes: float = number(30.0, at_least=0)
     """Minutes after which a save is due, whatever the step; 0: never."""
-    keep: int = 2
+    keep: int = number(2, at_least=1)
     """Newest checkpoints kept besides the last of the stage, which stays."""
     asynchronous: bool | None = None
     """Copy to host memory and write beside the training. None: on CUDA."""
@@ -220,6 +265,8 @@ class Config:
     """Folder for everything the run writes. None: runs/<stage>[-<scale>]."""
     init_from: str | None = None
     """Hugging Face directory, Megatron checkpoint, or run_dir of the stage before."""
-    seed: int = 1234
-    precision: str = "bf16"
+    searchpath: list[str] = field(default_factory=list)
+    """Folders that files were taken from, in order (--config-dir, hydra.searchpath). []: conf/ alone."""
+    seed: int = number(1234, at_least=0, at_most=2**32 - 1)
+    precision: str = one_of(("bf16", "fp32"), "bf16")
     """bf16 (fp32 master weights and gradients) or fp32."""

@@ -1,4 +1,4 @@
-"""How do texts become a data folder? Tokenized, held out by content, packed, written whole."""
+"""Texts become a data folder: tokenized, held out by content, packed, written whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megalong.data.manifest import SPLITS, Manifest, TokenizerInfo
+from megalong.data.output_folder import output_folder
 from megalong.data.packing import Packer
 from megalong.data.tokenizer import TextTokenizer
-from megalong.data.whole import whole_folder
 from megalong.data.writer import FILE_ELEMENTS, SplitWriter
 from megalong.runtime.errors import DataError
 
@@ -64,7 +64,7 @@ def build(
     Raises:
         DataError: `out` exists, or a split came out empty.
     """
-    with whole_folder(out) as folder:
+    with output_folder(out) as folder:
         packers = {split: Packer(seq_length, tokenizer.eos_token_id) for split in SPLITS}
         writers = {split: SplitWriter(folder, split, seq_length, file_elements) for split in SPLITS}
         for is_held_out, tokens in documents:

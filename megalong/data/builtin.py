@@ -1,4 +1,4 @@
-"""What real text is on every machine? The Python sources of the interpreter and of the installed packages.
+"""The real text that is on every machine: Python sources of the interpreter and of the installed packages.
 
 From it a small run gets its tokenizer and its sequences with nothing downloaded and nothing given. Everything is made
 once, in a cache folder, under a lock: ranks and processes that start together wait for the first and then share.
@@ -18,8 +18,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megalong.data.manifest import VERSION
+from megalong.data.output_folder import output_folder
 from megalong.data.prepare import prepare
-from megalong.data.whole import whole_folder
 from megalong.runtime.errors import DataError
 
 CORPUS_BYTES = 8_000_000
@@ -63,7 +63,7 @@ def _base(cache_dir: Path, vocab_size: int) -> tuple[Path, Path]:
             texts = list(python_sources(CORPUS_BYTES))
             if sum(map(len, texts)) < CORPUS_BYTES // 8:
                 raise DataError(f"Hardly any Python source was found below {_roots()}. Give data.path instead.")
-            with whole_folder(base) as folder:
+            with output_folder(base) as folder:
                 (folder / "tokenizer").mkdir()
                 train_tokenizer(texts, vocab_size, folder / "tokenizer")
                 lines = (json.dumps({"text": text}) + "\n" for text in texts)

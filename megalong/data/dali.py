@@ -1,80 +1,71 @@
-"""How are sequences read through NVIDIA DALI instead of the page cache? One numpy reader per position range.
+"""NVIDIA DALI reads pieces of sequences with its numpy reader, instead of the page cache.
 
-The reader wants its list of files when a pipeline is built (5 ms), so sequences are read in blocks of `BLOCK`; the
-row and the positions of each come from an external source. DALI reads ahead; where the run stands stays with our
+The reader wants its list of files when a pipeline is built (5 ms), so pieces are read in blocks of `BLOCK`; the row and
+the positions of each come from an external source. DALI reads ahead; where the run stands stays with our
 cursor, because the order of sequences is given to DALI and not chosen by it. Reads on the CPU (device_id=None), with
 or without a GPU in the machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from megalong.data.dataset import SequenceDataset
-from megalong.runtime.errors import ConfigError
+from megalong.data.dataset import Piece, SequenceDataset
 
 BLOCK = 64
 READ_AHEAD = 2
 
 
-def require_dali() -> None:
-    """Raise ConfigError, naming the extra, unless DALI is installed."""
-    try:
-        found = find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package `nvidia` at all
-        found = False
-    if not found:
-        raise ConfigError(
-            "data.loader=dali needs NVIDIA DALI, which is not installed: pip install 'megalong[dali]', "
-            "or use data.loader=memmap, which reads long slices faster."
-        )
-
-
-def read_dali(
-    dataset: SequenceDataset, sequences: Iterable[int], ranges: list[tuple[int, int]]
-) -> Iterator[list[np.ndarray]]:
-    """For each sequence, its int32 tokens [start, stop + 1) by range; same values as `read_memmap`.
+def read_dali(dataset: SequenceDataset, samples: Iterable[Sequence[Piece]]) -> Iterator[list[np.ndarray]]:
+    """For each sample, the int32 tokens [start, stop + 1) of its pieces; same values as `read_memmap`.
 
     Raises:
         DataError: a token id is not below the folder's vocabulary size.
     """
-    remaining = iter(sequences)
-    while block := list(islice(remaining, BLOCK)):
-        pipeline = _pipeline(dataset, block, ranges)
-        for sequence in block:
-            chunks = [np.array(output.as_cpu().at(0)).reshape(-1) for output in pipeline.run()]
-            for chunk in chunks:
-                dataset.check_ids(chunk, sequence)
+    remaining = iter(samples)
+    while block := list(_at_least(remaining, BLOCK)):
+        pieces = [piece for sample in block for piece in sample]
+        pipeline = _pipeline(dataset, pieces)
+        for sample in block:
+            chunks = []
+            for piece in sample:
+                (output,) = pipeline.run()
+                chunks.append(np.array(output.as_cpu().at(0)).reshape(-1).view(np.int32))
+                dataset.check_ids(chunks[-1], piece.sequence)
             yield chunks
 
 
-def _pipeline(dataset: SequenceDataset, block: list[int], ranges: list[tuple[int, int]]) -> Any:
+def _at_least(samples: Iterator[Sequence[Piece]], pieces: int) -> Iterator[Sequence[Piece]]:
+    """Samples, until they have so many pieces."""
+    while pieces > 0 and (sample := next(samples, None)) is not None:
+        yield sample
+        pieces -= len(sample)
+
+
+def _pipeline(dataset: SequenceDataset, pieces: list[Piece]) -> Any:
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
-    places = [dataset.location(sequence) for sequence in block]
+    places = [dataset.location(piece.sequence) for piece in pieces]
     files = [str(path) for path, _ in places]
 
-    def corner(start: int) -> Callable[[Any], np.ndarray]:
+    def corner(values: Callable[[int], tuple[int, int]]) -> Any:
         # DALI asks beyond the block while it fills its queue: those answers are never used
-        return lambda sample: np.array([places[sample.idx_in_epoch % len(places)][1], start], dtype=np.int32)
+        def of(sample: Any) -> np.ndarray:
+            return np.array(values(sample.idx_in_epoch % len(pieces)), dtype=np.int32)
+
+        return fn.external_source(source=of, batch=False)
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=READ_AHEAD)
     with pipeline:
-        outputs = [
-            fn.readers.numpy(
-                files=files,
-                roi_start=fn.external_source(source=corner(start), batch=False),
-                roi_shape=[1, stop + 1 - start],
-                name=f"range_{start}",
-            )
-            for start, stop in ranges
-        ]
-        pipeline.set_outputs(*outputs)
+        output = fn.readers.numpy(
+            files=files,
+            roi_start=corner(lambda i: (places[i][1], pieces[i].start)),
+            roi_shape=corner(lambda i: (1, pieces[i].stop + 1 - pieces[i].start)),
+        )
+        pipeline.set_outputs(output)
     pipeline.build()
     return pipeline

@@ -1,24 +1,38 @@
-"""How is part of one sequence read from a data folder, without reading the rest?"""
+"""Part of one sequence is read from a data folder through a memory map; the rest is not."""
 
 from __future__ import annotations
 
 import ast
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megalong.data.manifest import Manifest, SequenceFile, StoredFile, read_manifest
+from megalong.data.manifest import INT32, UINT32, Manifest, SequenceFile, StoredFile, read_manifest
 from megalong.runtime.errors import DataError
 from megalong.runtime.files import sha256_of
+from megalong.runtime.json_file import shown
 
 VERIFY_AT_OPEN_BYTES = 64 * 2**20
 """Folders up to this size have their checksums compared whenever they are opened (a fraction of a second)."""
+
+_NAMES = {INT32: "int32", UINT32: "uint32"}
+_NPY_HEADER_LIMIT = 1000  # bytes; ours have 118
+
+
+class Piece(NamedTuple):
+    """Positions [start, stop) of a sequence."""
+
+    sequence: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,8 @@ class SequenceDataset:
         self.fingerprint = self.manifest.fingerprint(split)
         self._shards = [self._open(file) for file in self.manifest.files(split)]
         self._ends = list(accumulate(f.sequences for f in self.manifest.files(split)))
+        self.bytes_read = 0
+        """Of tokens, by all loaders of this dataset."""
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -68,14 +84,19 @@ class SequenceDataset:
         """
         shard, row = self._locate(sequence)
         assert 0 <= start < stop <= self.seq_length + 1, (start, stop)
-        tokens = np.array(shard.tokens_SL[row, start:stop])
+        tokens = np.array(shard.tokens_SL[row, start:stop]).view(np.int32)
         self.check_ids(tokens, sequence)
         return tokens
 
     def check_ids(self, tokens: np.ndarray, sequence: int) -> None:
-        """Raise DataError unless all ids are in [0, vocab_size): a wrong one kills a GPU process without a word."""
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.manifest.tokenizer.vocab_size:
+        """Count tokens that were read; DataError unless all ids are in [0, vocab_size).
+
+        A wrong id kills a GPU process without a word.
+        """
+        self.bytes_read += tokens.nbytes
+        # as unsigned numbers those below zero are the largest: one pass
+        if int(tokens.view(np.uint32).max()) >= self.manifest.tokenizer.vocab_size:
+            low, high = int(tokens.min()), int(tokens.max())
             shard, row = self._locate(sequence)
             raise DataError(
                 f"{shard.path}, sequence {row}: token ids {low} to {high} in a vocabulary of "
@@ -121,15 +142,16 @@ class SequenceDataset:
             self._check_size(stored)
         path = self.folder / file.tokens.name
         shape = (file.sequences, self.seq_length + 1)
-        offset = _npy_data_offset(path, shape)
+        offset = _npy_data_offset(path, shape, self.manifest.dtype)
         # np.memmap and not np.load: the map then starts where the header was just found to end
-        tokens = np.memmap(path, dtype="<i4", mode="r", offset=offset, shape=shape)
+        tokens = np.memmap(path, dtype=self.manifest.dtype, mode="r", offset=offset, shape=shape)
         sidecar = self.folder / file.documents.name
         try:
             parts = load_file(sidecar)
             starts, offsets, valid = (parts[k] for k in ("starts", "offsets", "valid_lengths"))
-        except (SafetensorError, KeyError) as error:
-            raise DataError(f"{sidecar} is damaged ({error}). Prepare or copy the data again.") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{sidecar} is damaged ({reason}). Prepare or copy the data again.") from error
         if not _sidecar_fits(starts, offsets, valid, file.sequences, self.seq_length):
             raise DataError(f"{sidecar} does not describe {file.tokens.name}. Prepare or copy the data again.")
         return _Shard(path, tokens, starts, offsets, valid)
@@ -190,19 +212,27 @@ def open_dataset(
     return dataset
 
 
-def _npy_data_offset(path: Path, shape: tuple[int, int]) -> int:
-    """Bytes of the .npy header, after checking that it announces int32 of `shape`."""
+def _npy_data_offset(path: Path, shape: tuple[int, int], dtype: str) -> int:
+    """Bytes of the .npy header, after checking that it announces `dtype` of `shape`."""
     with path.open("rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
                 raise ValueError(f"format {version}")
             length = int.from_bytes(file.read(2), "little")
+            if length > _NPY_HEADER_LIMIT:
+                raise ValueError(f"{length} bytes long")
             header = ast.literal_eval(file.read(length).decode("latin1"))
-        except (ValueError, SyntaxError) as error:
-            raise DataError(f"{path} is damaged: no .npy header ({error}). Prepare or copy the data again.") from error
-        if header != {"descr": "<i4", "fortran_order": False, "shape": shape}:
-            raise DataError(f"{path} holds {header} where the manifest says int32 of shape {shape}.")
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise DataError(f"{path} is damaged: no .npy header ({reason}). Prepare or copy the data again.") from error
+        if header != {"descr": dtype, "fortran_order": False, "shape": shape}:
+            raise DataError(f"{path} holds {shown(header)} where the manifest says {_NAMES[dtype]} of shape {shape}.")
+        if path.stat().st_size != file.tell() + 4 * math.prod(shape):
+            raise DataError(
+                f"{path} has {path.stat().st_size:,} bytes, which are not {shape[0]:,} rows of {shape[1]:,} "
+                f"{_NAMES[dtype]}. Prepare or copy the data again."
+            )
         return file.tell()
 
 

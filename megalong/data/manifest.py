@@ -1,13 +1,17 @@
-"""What does a data folder hold, and is it whole? Its `manifest.json`, read strictly.
+"""A data folder is what its `manifest.json` says, which is read strictly.
 
-A data folder has `manifest.json` and, for each split, files of sequences: `.npy` (format 1.0, int32, C order, shape
-[sequences, seq_length + 1], fewer than 2^31 elements) and beside each a short sidecar, `.documents.safetensors`,
+A data folder has `manifest.json` and, for each split, files of sequences: `.npy` (format 1.0, int32 or uint32, C order,
+shape [sequences, seq_length + 1], fewer than 2^31 elements) and beside each a short sidecar, `.documents.safetensors`,
 that says where documents start. A row has seq_length + 1 tokens because the last one is only ever a label.
+What was made by a recipe is uint32 (`dtype`) and says how it was chosen (`made`); plain text has neither key.
+A folder of several windows holds the others in folders of their own, each an ordinary data folder, and says how many
+steps of a round read each (`steps`, `others`; see `windows`).
 
 Sidecar tensors (all int64), for a file of N sequences:
     starts [total]: positions in [0, seq_length] at which a document starts; the first of every sequence is 0.
     offsets [N + 1]: the starts of sequence i are starts[offsets[i]:offsets[i + 1]].
     valid_lengths [N]: tokens of sequence i that are text; what follows is padding.
+    sources [N] (made by a recipe): the source that sequence i begins in, an index into `made["sources"]`.
 """
 
 from __future__ import annotations
@@ -17,18 +21,22 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megalong.runtime.errors import DataError
 from megalong.runtime.files import partial_of
+from megalong.runtime.json_file import is_plain_name, read_as, read_json, shown
 
 FORMAT = "megalong-sequences"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_ELEMENTS = 2**31 - 1  # DALI's region indices and many readers count in int32
+MAX_ROUND = 100_000
+"""Steps of a round, of all windows."""
 SPLITS = ("train", "eval")
+INT32, UINT32 = "<i4", "<u4"
 
-_T = TypeVar("_T")
+_AGAIN = "Prepare the data again."
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,18 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True)
+class OtherWindow:
+    """A data folder of a shorter window, inside this one."""
+
+    folder: str
+    seq_length: int
+    steps: int
+    """Steps of a round that read it."""
+    sha256: str
+    """Of its manifest.json."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that is known of a data folder without opening its files."""
 
@@ -76,6 +96,14 @@ class Manifest:
     """Held out: no document has text in both splits."""
     format: str = field(default=FORMAT)
     version: int = field(default=VERSION)
+    dtype: str = field(default=INT32)
+    """Of the .npy files."""
+    made: dict[str, Any] | None = field(default=None)
+    """Settings, shares of sources, lengths before and after, what was dropped and why; None: plain text."""
+    steps: int = field(default=1)
+    """Steps of a round that read this window, where there are others."""
+    others: tuple[OtherWindow, ...] = field(default=())
+    """What the other steps of a round read."""
 
     def files(self, split: str) -> tuple[SequenceFile, ...]:
         """Files of `split` (train or eval)."""
@@ -93,7 +121,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
-        (folder / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        said = dataclasses.asdict(self)
+        if self.made is None:
+            del said["dtype"], said["made"]
+        if not self.others:
+            del said["steps"], said["others"]
+        (folder / MANIFEST_NAME).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -109,58 +142,41 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_NAME}: it is not a data folder made by tools/prepare_data.py.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise DataError(f"{path} is damaged: not JSON ({error}). Prepare the data again.") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or raw.get("version") != VERSION:
-        met = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else raw
-        raise DataError(
-            f"{path} is of format {met!r}; this version reads {(FORMAT, VERSION)!r}. Prepare the data again."
-        )
-    manifest = _typed(raw, Manifest, str(path))
+    raw = read_json(path, DataError, _AGAIN)
+    met = (raw.get("format"), raw.get("version"))
+    if met != (FORMAT, VERSION):
+        raise DataError(f"{path} is of format {shown(met)}; this version reads {(FORMAT, VERSION)!r}. {_AGAIN}")
+    raw = {"dtype": INT32, "made": None, "steps": 1, "others": []} | raw
+    manifest = read_as(Manifest, raw, str(path), DataError, _AGAIN)
     _check(manifest, path)
     return manifest
 
 
-_NESTED: dict[str, type] = {"StoredFile": StoredFile, "TokenizerInfo": TokenizerInfo}
-
-
-def _typed(raw: Any, kind: type[_T], where: str) -> _T:
-    """`raw` (JSON) as dataclass `kind`: exactly its keys, exactly its types."""
-    if not isinstance(raw, dict):
-        raise DataError(f"{where}: an object was expected, found {raw!r}.")
-    fields = {f.name: f.type for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if set(raw) != set(fields):
-        missing, unknown = sorted(set(fields) - set(raw)), sorted(set(raw) - set(fields))
-        raise DataError(f"{where}: missing keys {missing}, unknown keys {unknown}. Prepare the data again.")
-    values: dict[str, Any] = {}
-    for name, declared in fields.items():
-        here, value = f"{where}: {name}", raw[name]
-        if declared in _NESTED:
-            values[name] = _typed(value, _NESTED[declared], here)
-        elif declared == "tuple[SequenceFile, ...]":
-            if not isinstance(value, list):
-                raise DataError(f"{here}: a list was expected, found {value!r}.")
-            values[name] = tuple(_typed(v, SequenceFile, f"{here}[{i}]") for i, v in enumerate(value))
-        elif type(value).__name__ != declared:  # by name: a bool is not an int here
-            raise DataError(f"{here}: {declared} was expected, found {value!r}.")
-        else:
-            values[name] = value
-    return kind(**values)
-
-
 def _check(manifest: Manifest, path: Path) -> None:
     tokenizer = manifest.tokenizer
-    if manifest.seq_length < 1 or not 0 <= tokenizer.eos_token_id < tokenizer.vocab_size:
+    if manifest.dtype not in (INT32, UINT32):
+        raise DataError(f"{path}: dtype {shown(manifest.dtype)} is neither {INT32} nor {UINT32}. {_AGAIN}")
+    if not 1 <= manifest.seq_length < 2**31 or not 0 <= tokenizer.eos_token_id < tokenizer.vocab_size < 2**31:
         raise DataError(
-            f"{path} contradicts itself: seq_length={manifest.seq_length}, vocab_size={tokenizer.vocab_size}, "
-            f"eos_token_id={tokenizer.eos_token_id}."
+            f"{path} contradicts itself: seq_length={shown(manifest.seq_length)}, "
+            f"vocab_size={shown(tokenizer.vocab_size)}, eos_token_id={shown(tokenizer.eos_token_id)}. {_AGAIN}"
         )
+    for other in manifest.others:
+        if not is_plain_name(other.folder) or min(other.steps, other.seq_length, manifest.steps) < 1:
+            raise DataError(f"{path}: {shown(other)} is no window beside its own. {_AGAIN}")
+        if other.seq_length >= manifest.seq_length or manifest.seq_length % other.seq_length:
+            raise DataError(
+                f"{path}: sequences of {shown(other.seq_length)} tokens do not fill the window of "
+                f"{manifest.seq_length:,}: a window beside it must divide it. {_AGAIN}"
+            )
+    if manifest.steps + sum(other.steps for other in manifest.others) > MAX_ROUND:
+        raise DataError(f"{path}: a round of more than {MAX_ROUND:,} steps. {_AGAIN}")
     for file in (*manifest.train, *manifest.eval):
         elements = file.sequences * (manifest.seq_length + 1)
         if file.sequences < 1 or elements > MAX_ELEMENTS:
-            raise DataError(f"{path}: {file.tokens.name} holds {elements:,} tokens; 1 row to 2^31 - 1 tokens are read.")
+            raise DataError(
+                f"{path}: {shown(file.tokens.name)} holds {shown(elements)} tokens; 1 row to 2^31 - 1 tokens are read."
+            )
         for stored in (file.tokens, file.documents):
-            if Path(stored.name).name != stored.name:
-                raise DataError(f"{path}: {stored.name!r} is not a plain file name of the folder.")
+            if not is_plain_name(stored.name):
+                raise DataError(f"{path}: {shown(stored.name)} is not a plain file name of the folder.")

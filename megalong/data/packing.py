@@ -1,4 +1,4 @@
-"""How do documents become sequences of one fixed length? Long texts whole, the rest one after another.
+"""Documents become sequences of one length: long texts whole, the rest one after another.
 
 A document of at least seq_length + 1 tokens is cut into sequences of its own, so that a long window is one text.
 What is shorter, and the remainder of what is longer, is laid end to end and cut when a sequence is full. Sequences
@@ -19,11 +19,13 @@ class Sequence:
     """One row of a data folder."""
 
     tokens: np.ndarray
-    """[seq_length + 1] int32."""
+    """[seq_length + 1] int32 (or uint32)."""
     starts: list[int]
     """Ascending positions at which a document starts (or goes on from another row); the first is 0."""
     valid_length: int
     """Tokens that are text; what follows is padding."""
+    source: int | None = None
+    """Number of the source it begins in, where sources are known."""
 
 
 class Packer:

@@ -1,15 +1,16 @@
-"""How are packed sequences put on disk as one split of a data folder?"""
+"""Packed sequences are put on disk as one split of a data folder."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from megalong.data.manifest import MAX_ELEMENTS, SequenceFile, StoredFile
+from megalong.data.hashed_file import HashedFile
+from megalong.data.manifest import INT32, MAX_ELEMENTS, SequenceFile, StoredFile
 from megalong.data.packing import Sequence
 from megalong.runtime.files import sha256_of
 
@@ -24,28 +25,47 @@ class SplitWriter:
         split: name that the files begin with.
         seq_length: window; rows have one token more.
         file_elements: tokens a file may hold (at least one row is written to each).
+        dtype: of the files.
+        first: number of the first file (others are written by other processes).
+        rows: sequences of every file, if that is known before they come: it is then hashed while it is written.
     """
 
-    def __init__(self, folder: Path, split: str, seq_length: int, file_elements: int = FILE_ELEMENTS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        seq_length: int,
+        file_elements: int = FILE_ELEMENTS,
+        dtype: str = INT32,
+        first: int = 0,
+        rows: int | None = None,
+    ) -> None:
         assert file_elements <= MAX_ELEMENTS
+        self.dtype, self.first = dtype, first
         self.folder = folder
         self.split = split
         self.row = seq_length + 1
-        self.rows_per_file = max(1, file_elements // self.row)
+        self.rows_per_file = rows or max(1, file_elements // self.row)
+        assert rows is None or rows * self.row <= MAX_ELEMENTS
+        self._known = rows is not None
         self.files: list[SequenceFile] = []
         self.sequences = 0
-        self._open: IO[bytes] | None = None
+        self._open: IO[bytes] | HashedFile | None = None
         self._starts: list[list[int]] = []
         self._valid: list[int] = []
+        self._sources: list[int] = []
 
     def write(self, sequence: Sequence) -> None:
         """Append one sequence."""
+        tokens = np.ascontiguousarray(sequence.tokens, dtype=self.dtype)
         if self._open is None:
-            self._open = self._path().open("wb")
-            self._write_header(0)
-        self._open.write(np.ascontiguousarray(sequence.tokens, dtype="<i4").data)
+            self._open = HashedFile(self._path()) if self._known else self._path().open("wb")
+            self._open.write(self._header(self.rows_per_file))
+        self._open.write(tokens.data)
         self._starts.append(sequence.starts)
         self._valid.append(sequence.valid_length)
+        if sequence.source is not None:
+            self._sources.append(sequence.source)
         self.sequences += 1
         if len(self._valid) == self.rows_per_file:
             self._close()
@@ -57,35 +77,40 @@ class SplitWriter:
         return tuple(self.files)
 
     def _path(self) -> Path:
-        return self.folder / f"{self.split}-{len(self.files):05d}.npy"
+        return self.folder / f"{self.split}-{self.first + len(self.files):05d}.npy"
 
-    def _write_header(self, rows: int) -> int:
+    def _header(self, rows: int) -> bytes:
         """The .npy header, whose length does not depend on `rows` (numpy reserves room for a growing first axis)."""
-        assert self._open is not None
-        self._open.seek(0)
-        header = {"descr": "<i4", "fortran_order": False, "shape": (rows, self.row)}
-        np.lib.format.write_array_header_1_0(self._open, header)
-        return self._open.tell()
+        header = io.BytesIO()
+        said = {"descr": self.dtype, "fortran_order": False, "shape": (rows, self.row)}
+        np.lib.format.write_array_header_1_0(header, said)
+        return header.getvalue()
 
     def _close(self) -> None:
         assert self._open is not None
-        header = self._write_header(len(self._valid))
-        self._open.close()
+        path, header = self._path(), self._header(len(self._valid))
+        if isinstance(self._open, HashedFile):
+            assert len(self._valid) == self.rows_per_file, (len(self._valid), self.rows_per_file)
+            sha256 = self._open.close()
+            tokens = StoredFile(path.name, self._open.bytes, sha256)
+        else:
+            self._open.seek(0)
+            self._open.write(header)
+            self._open.close()
+            tokens = _stored(path)
         self._open = None
-        path = self._path()
-        assert path.stat().st_size == header + 4 * len(self._valid) * self.row, path
+        assert path.stat().st_size == len(header) + 4 * len(self._valid) * self.row, path
         sidecar = path.with_suffix(".documents.safetensors")
-        counts = torch.tensor([0, *(len(s) for s in self._starts)], dtype=torch.int64)
-        save_file(
-            {
-                "starts": torch.tensor([p for s in self._starts for p in s], dtype=torch.int64),
-                "offsets": counts.cumsum(0),
-                "valid_lengths": torch.tensor(self._valid, dtype=torch.int64),
-            },
-            sidecar,
-        )
-        self.files.append(SequenceFile(len(self._valid), _stored(path), _stored(sidecar)))
-        self._starts, self._valid = [], []
+        tensors = {
+            "starts": np.array([p for s in self._starts for p in s], np.int64),
+            "offsets": np.cumsum([0, *(len(s) for s in self._starts)], dtype=np.int64),
+            "valid_lengths": np.array(self._valid, np.int64),
+        }
+        if self._sources:
+            tensors["sources"] = np.array(self._sources, np.int64)
+        save_file(tensors, sidecar)
+        self.files.append(SequenceFile(len(self._valid), tokens, _stored(sidecar)))
+        self._starts, self._valid, self._sources = [], [], []
 
 
 def _stored(path: Path) -> StoredFile:

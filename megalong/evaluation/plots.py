@@ -1,28 +1,28 @@
-"""How does a person see what the stages did? Loss by position before and after each stage, as a PNG."""
+"""What the stages did as a picture: loss by position before and after each, as a PNG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megalong.evaluation.position import LossByPosition
-from megalong.evaluation.results import StageEvaluation
+from megalong.evaluation.results import WindowEvaluation
 
 # Okabe-Ito: told apart with any colour vision
 BEFORE, AFTER = "#D55E00", "#0072B2"
 
 
-def plot_loss_by_position(stages: Mapping[str, StageEvaluation], path: Path, title: str) -> None:
+def plot_loss_by_position(stages: Mapping[str, WindowEvaluation], path: Path | IO[bytes], title: str) -> None:
     """One panel per stage, loss on held-out text against position in the window, before and after the stage.
 
     Args:
         stages: evaluations by panel title, in order; all panels share the loss axis.
-        path: PNG to write.
+        path: PNG to write, or an open file.
     """
     assert stages
     # Figure and its canvas directly: pyplot would keep global state and look for a display
@@ -43,7 +43,7 @@ def plot_loss_by_position(stages: Mapping[str, StageEvaluation], path: Path, tit
     panels[0].set_ylabel("loss on held-out text (nats per token)")
     panels[0].legend(title="shaded: last quarter", frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _draw(panel: Any, curve: LossByPosition, color: str, label: str, style: str) -> None:

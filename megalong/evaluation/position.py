@@ -1,4 +1,4 @@
-"""How does the loss change along the window? Sums by position bucket, computed where the tokens are.
+"""The loss along the window: sums by position bucket, computed where the tokens are.
 
 Each rank adds its own tokens by their global positions; the vectors of all ranks that hold tokens are then summed (one
 all-reduce of 2 * buckets numbers), and only the totals are divided. A model whose window was stretched without success

@@ -1,4 +1,4 @@
-"""What does a Hugging Face config.json say about a Llama, and how is it written back for every reader?
+"""A Hugging Face config.json becomes a `ModelConfig`, and is written back for every reader.
 
 Reading is strict: what this model would compute differently from `LlamaForCausalLM` is refused by name. Keys that
 `LlamaForCausalLM` itself does not read change nothing there; they are carried through unchanged.
@@ -11,19 +11,32 @@ and fall back to theta 10000 without a word where they find none. Both are under
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megalong.config.schema import ModelConfig
-from megalong.rope.frequencies import check_scaling, rope_type
+from megalong.rope.frequencies import check_scaling, is_number, rope_type, rotary_frequencies
 from megalong.runtime.errors import CheckpointError, ThetaError
+from megalong.runtime.json_file import read_json, shown
 
 ARCHITECTURE = "LlamaForCausalLM"
 
 # Llama 1 and 2 configs of 2023 have neither spelling; 10000 is what they were trained with (arXiv 2302.13971).
 _THETA_OF_PLAIN_OLD_CONFIGS = 10000.0
+
+# Largest value of each size. A file may claim any number, and tables are made by these numbers before a tensor is read;
+# ten times and more of what the largest Llama has.
+_LIMITS = {
+    "vocab_size": 2**27,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31 - 1,
+}
 
 # Rope types whose original window transformers also accepts at the top level of the config.
 _TYPES_WITH_ORIGINAL_WINDOW = ("llama3", "yarn", "longrope")
@@ -33,16 +46,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a Hugging Face directory.
 
     Raises:
-        CheckpointError: missing or not JSON.
+        CheckpointError: missing or not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return hf
+    return read_json(folder / "config.json", CheckpointError, "Download or convert it again.")
 
 
 def model_from_hf(source: Path | Mapping[str, Any], where: str | None = None) -> ModelConfig:
@@ -53,16 +59,17 @@ def model_from_hf(source: Path | Mapping[str, Any], where: str | None = None) ->
         where: the file, as error messages should call it.
 
     Raises:
-        CheckpointError: not a Llama, a field missing, or a field that this model cannot honour.
-        ThetaError: the rotary embedding is incomplete, or its two spellings contradict each other.
+        CheckpointError: not a Llama, a field missing or of a wrong type, or one that this model cannot honour.
+        ThetaError: the rotary embedding is incomplete or turns nothing, or its two spellings contradict each other.
     """
     hf = source if isinstance(source, Mapping) else read_hf_config(source)
     where = where or (str(source / "config.json") if isinstance(source, Path) else "config.json")
     _check_architecture(hf, where)
     hidden, heads = _positive(hf, "hidden_size", where), _positive(hf, "num_attention_heads", where)
-    kv_heads = hf.get("num_key_value_heads") or heads
-    head_dim = hf.get("head_dim")
-    if head_dim is None:
+    kv_heads = heads if hf.get("num_key_value_heads") is None else _positive(hf, "num_key_value_heads", where)
+    if hf.get("head_dim") is not None:
+        head_dim = _positive(hf, "head_dim", where)
+    else:
         if hidden % heads:
             raise CheckpointError(
                 f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and there is no "
@@ -74,8 +81,14 @@ def model_from_hf(source: Path | Mapping[str, Any], where: str | None = None) ->
             f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
         )
     theta, scaling = rope_of(hf, head_dim, where)
+    window = _positive(hf, "max_position_embeddings", where)
+    try:
+        rotary_frequencies(theta, head_dim, scaling, max_position_embeddings=window)
+    except ThetaError as error:
+        raise ThetaError(f"{where}: {error}") from None
+    name = hf.get("_name_or_path")
     return ModelConfig(
-        name=str(hf.get("_name_or_path") or "llama"),
+        name=name if isinstance(name, str) and name else "llama",
         vocab_size=_positive(hf, "vocab_size", where),
         hidden_size=hidden,
         intermediate_size=_positive(hf, "intermediate_size", where),
@@ -83,16 +96,16 @@ def model_from_hf(source: Path | Mapping[str, Any], where: str | None = None) ->
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_fraction(hf, "rms_norm_eps", 1e-6, where),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=_positive(hf, "max_position_embeddings", where),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        attention_bias=bool(hf.get("attention_bias", False)),
-        mlp_bias=bool(hf.get("mlp_bias", False)),
-        initializer_range=float(hf.get("initializer_range", 0.02)),
-        bos_token_id=hf.get("bos_token_id", 1),
-        eos_token_id=hf.get("eos_token_id", 2),
+        max_position_embeddings=window,
+        tie_word_embeddings=_flag(hf, "tie_word_embeddings", where),
+        attention_bias=_flag(hf, "attention_bias", where),
+        mlp_bias=_flag(hf, "mlp_bias", where),
+        initializer_range=_fraction(hf, "initializer_range", 0.02, where),
+        bos_token_id=_token(hf, "bos_token_id", 1, where),
+        eos_token_id=_token(hf, "eos_token_id", 2, where),
     )
 
 
@@ -177,7 +190,7 @@ def rope_of(hf: Mapping[str, Any], head_dim: int, where: str = "config.json") ->
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
     for name, value in (("rope_parameters", new), ("rope_scaling", old)):
         if value is not None and not isinstance(value, Mapping):
-            raise ThetaError(f"{where}: {name} must be a dict or null, not {value!r}.")
+            raise ThetaError(f"{where}: {name} must be a dict or null, not {shown(value)}.")
         if any(isinstance(v, Mapping) for v in (value or {}).values()):
             raise ThetaError(f"{where}: {name} differs between layer types: not a Llama.")
     thetas = {
@@ -186,16 +199,21 @@ def rope_of(hf: Mapping[str, Any], head_dim: int, where: str = "config.json") ->
         "rope_scaling.rope_theta": (old or {}).get("rope_theta"),
     }
     given = {name: value for name, value in thetas.items() if value is not None}
+    for name, value in given.items():
+        if not is_number(value):
+            raise ThetaError(f"{where}: {name}={shown(value)}: a rotary base is a number.")
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ThetaError(f"{where} gives several rotary bases: {listed}. Remove the wrong one.")
     theta = next(iter(given.values()), None)
     if theta is None and not new and not old:
         theta = _THETA_OF_PLAIN_OLD_CONFIGS
-    scaling = _one_scaling(hf, new, old, where)
     try:
+        scaling = _one_scaling(hf, new, old, where)
         check_scaling(theta, head_dim, scaling)
     except ThetaError as error:
+        if str(error).startswith(where):
+            raise
         raise ThetaError(f"{where}: {error}") from None
     assert theta is not None
     return float(theta), None if rope_type(scaling) == "default" else scaling
@@ -220,7 +238,9 @@ def _without_theta(hf: Mapping[str, Any], scaling: Mapping[str, Any], where: str
     if scaling.get("rope_type") is None and scaling.get("type") is None:
         scaling = {"rope_type": "default", **scaling} if set(scaling) <= {"rope_theta"} else scaling
     kind = rope_type(scaling)
-    fields = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type", "rope_type") and v is not None}
+    # a null means that the field is not there, except for truncate: transformers reads null as false, absent as true
+    empty = {k for k, v in scaling.items() if v is None and k != "truncate"}
+    fields = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type", "rope_type") and k not in empty}
     outside = hf.get("original_max_position_embeddings")
     if outside is not None and kind in _TYPES_WITH_ORIGINAL_WINDOW:
         inside = fields.setdefault("original_max_position_embeddings", outside)
@@ -234,10 +254,10 @@ def _without_theta(hf: Mapping[str, Any], scaling: Mapping[str, Any], where: str
 
 def _check_architecture(hf: Mapping[str, Any], where: str) -> None:
     architectures, model_type = hf.get("architectures"), hf.get("model_type")
-    if (architectures and list(architectures) != [ARCHITECTURE]) or model_type not in ("llama", None):
+    if (architectures and architectures != [ARCHITECTURE]) or model_type not in ("llama", None):
         raise CheckpointError(
-            f"{where} describes model_type={model_type!r}, architectures={architectures!r}: only {ARCHITECTURE} is "
-            "supported."
+            f"{where} describes model_type={shown(model_type)}, architectures={shown(architectures)}: only "
+            f"[{ARCHITECTURE!r}] is supported."
         )
     if not architectures and model_type is None:
         raise CheckpointError(f"{where} names neither architectures nor model_type: it must say {ARCHITECTURE}.")
@@ -250,13 +270,35 @@ def _check_architecture(hf: Mapping[str, Any], where: str) -> None:
     for key, is_refused in refused.items():
         if is_refused:
             raise CheckpointError(
-                f"{where}: {key}={hf[key]!r} is not supported. This Llama has silu, no dropout, plain weights "
+                f"{where}: {key}={shown(hf[key])} is not supported. This Llama has silu, no dropout, plain weights "
                 "(not quantized) and no custom code."
             )
 
 
 def _positive(hf: Mapping[str, Any], key: str, where: str) -> int:
     value = hf.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{where}: {key}={value!r} must be a positive integer.")
+    if type(value) is not int or not 1 <= value <= _LIMITS[key]:  # not isinstance: a bool is no number here
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be a positive integer of at most {_LIMITS[key]:,}.")
+    return value
+
+
+def _fraction(hf: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    value = hf.get(key, default)
+    if not is_number(value) or not 0 < value < 1:
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be a number between 0 and 1.")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], key: str, where: str) -> bool:
+    value = hf.get(key)
+    if value is not None and not isinstance(value, bool):  # "false" is a text, and true
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be true or false, without quotes.")
+    return bool(value)
+
+
+def _token(hf: Mapping[str, Any], key: str, default: int, where: str) -> Any:
+    value = hf.get(key, default)
+    several = isinstance(value, list) and bool(value) and key == "eos_token_id"
+    if value is not None and not all(type(v) is int and 0 <= v < 2**31 for v in (value if several else [value])):
+        raise CheckpointError(f"{where}: {key}={shown(value)} must be a token id (eos_token_id: or a list of them).")
     return value

@@ -1,7 +1,6 @@
-"""RMSNorm that works on any device and with sequence parallelism.
+"""RMSNorm that works on any device and with sequence parallelism, and apex's fused one where it is chosen.
 
-megatron-core's own torch norm refuses sequence parallelism; with apex or Transformer Engine their fused norms would
-do, but this one needs neither.
+megatron-core's own torch norm refuses sequence parallelism, and of apex it takes the LayerNorm alone.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megalong.runtime import device, packages
 
 
 class RMSNorm(nn.Module):
@@ -34,3 +35,28 @@ class RMSNorm(nn.Module):
         x_fp32 = x.float()
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class ApexRMSNorm:
+    """apex's fused RMSNorm (apex/normalization/fused_layer_norm.py), built as megatron-core builds a norm."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> nn.Module:  # type: ignore[misc]
+        from apex.normalization import FusedRMSNorm
+
+        norm: nn.Module = FusedRMSNorm(hidden_size, eps=eps).to(config.params_dtype)
+        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+        return norm
+
+
+def norm_class(wanted: str) -> type:
+    """The class of a model's norms.
+
+    Args:
+        wanted: `train.norm`.
+
+    Raises:
+        ConfigError: apex was chosen and is not installed.
+    """
+    if wanted == "apex":
+        packages.require(packages.APEX_NORM, "train.norm=apex", "train.norm=auto")
+    return ApexRMSNorm if packages.norm(wanted, device.on_cuda()) == "apex" else RMSNorm

@@ -8,6 +8,8 @@ exactly what is served.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ class LocalRotaryEmbedding(nn.Module):
         self._inv_freq = inv_freq
         self._shape = (seq_length, cp_size, cp_rank)
         self._table: Tensor | None = None
+
+    @contextmanager
+    def at_length(self, seq_length: int, inv_freq: Tensor) -> Iterator[None]:
+        """Within the block, phases of sequences of another length, by other frequencies.
+
+        Args:
+            seq_length: tokens, a multiple of 2 * cp.
+            inv_freq: [D/2] fp32, radians per token.
+        """
+        before = self._inv_freq, self._shape, self._table
+        self._inv_freq, self._shape, self._table = inv_freq, (seq_length, *self._shape[1:]), None
+        try:
+            yield
+        finally:
+            self._inv_freq, self._shape, self._table = before
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
         """Window in tokens; megatron asks for it and hands it back to `forward`."""

@@ -17,11 +17,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch.nn import Module
 
 from megalong.attention.core import CoreAttention
-from megalong.config.schema import AttentionConfig, ModelConfig
+from megalong.config.schema import AttentionConfig, ModelConfig, TrainConfig
+from megalong.model.host import Host
+from megalong.model.layer import Layer
 from megalong.model.norm import RMSNorm
+from megalong.runtime import packages
 from megalong.runtime.errors import ConfigError
 
 
@@ -39,8 +43,17 @@ class BiasedRowParallelLinear(RowParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
-def block_spec(model: ModelConfig, attention: AttentionConfig, config: TransformerConfig) -> Any:
+def block_spec(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    train: TrainConfig,
+    config: TransformerConfig,
+    norm: type[Module] = RMSNorm,
+) -> Any:
     """Layer spec for the attention backend.
+
+    Args:
+        norm: class of the norms, where they are not Transformer Engine's (`model.norm.norm_class`).
 
     Raises:
         ConfigError: backend transformer_engine where Transformer Engine is not installed.
@@ -48,7 +61,7 @@ def block_spec(model: ModelConfig, attention: AttentionConfig, config: Transform
     if attention.backend == "transformer_engine":
         return _transformer_engine_spec(model, config)
     return TransformerBlockSubmodules(
-        layer_specs=[_local_layer(model, attention)] * _layers_here(config), layer_norm=RMSNorm
+        layer_specs=[_local_layer(model, attention, train, norm)] * _layers_here(config), layer_norm=norm
     )
 
 
@@ -58,15 +71,17 @@ def _layers_here(config: TransformerConfig) -> int:
     return get_num_layers_to_build(config)
 
 
-def _local_layer(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
+def _local_layer(model: ModelConfig, attention: AttentionConfig, train: TrainConfig, norm: type[Module]) -> ModuleSpec:
+    host = Host() if train.keep_on == "host" else None
     column = BiasedColumnParallelLinear if model.attention_bias else ColumnParallelLinear
     row = BiasedRowParallelLinear if model.attention_bias else RowParallelLinear
     fc1 = BiasedColumnParallelLinear if model.mlp_bias else ColumnParallelLinear
     fc2 = BiasedRowParallelLinear if model.mlp_bias else RowParallelLinear
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
+        params={"train": train, "host": host},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -77,7 +92,7 @@ def _local_layer(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
             mlp_bda=get_bias_dropout_add,
             # On disk the norms carry the names of the Transformer Engine spec, so either spec loads the other's files.
@@ -90,13 +105,7 @@ def _local_layer(model: ModelConfig, attention: AttentionConfig) -> ModuleSpec:
 
 
 def _transformer_engine_spec(model: ModelConfig, config: TransformerConfig) -> Any:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "attention.backend=transformer_engine, but Transformer Engine is not installed. Install the extra with "
-            "`pip install megalong[gpu]` on a CUDA machine, or use attention.backend=megalong."
-        ) from error
+    packages.require(packages.TRANSFORMER_ENGINE, "attention.backend=transformer_engine", "attention.backend=megalong")
     if model.attention_bias != model.mlp_bias:
         raise ConfigError("attention.backend=transformer_engine cannot bias attention and MLP separately.")
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec

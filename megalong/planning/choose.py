@@ -23,10 +23,20 @@ def keeps_to_nodes(placement: Placement) -> bool:
 
 
 def candidates(work: Workload, cluster: ClusterConfig, world_size: int, **fixed: int | None) -> Iterator[Plan]:
-    """A plan for every valid layout of `world_size` ranks; `fixed` pins axes (None: free)."""
+    """A plan for every valid layout of `world_size` ranks and every policy that is open; `fixed` pins axes."""
     for layout in valid_layouts(work.demand, world_size, **fixed):
         if keeps_to_nodes(Placement(layout, cluster)):
-            yield make_plan(work.on(layout), cluster)
+            for one in work.on(layout).with_recompute():
+                yield make_plan(one, cluster)
+
+
+def best_recompute(work: Workload, cluster: ClusterConfig) -> str:
+    """The policy of recompute for a layout: the fastest that leaves room to spare, else the one that needs least."""
+    if len(work.with_recompute()) == 1:
+        return work.recompute
+    if work.layout.world_size > cluster.devices:
+        return "full"  # nothing can be said of machines that are not described
+    return ranking([make_plan(one, cluster) for one in work.with_recompute()])[0].work.recompute
 
 
 def ranking(plans: Sequence[Plan]) -> list[Plan]:

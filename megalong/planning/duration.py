@@ -1,7 +1,11 @@
-"""How long does an optimizer step take, term by term?
+"""The seconds of an optimizer step, term by term: arithmetic, memory, wires, and the pipeline around them.
 
 Arithmetic at the achieved share of the peak, bytes at the achieved share of the memory bandwidth, transfers at the
 rate of the slowest wire of their group. Sums over one pipeline stage, the slowest, and the 1F1B schedule around it.
+
+Operators between the matrix products are bound by memory: their bytes are counted operator by operator over the eager
+program that `activations` describes, in bf16 (fp32 where the program is in fp32), each input read and each output
+written once.
 """
 
 from __future__ import annotations
@@ -9,21 +13,36 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megalong.config.cluster import ClusterConfig
-from megalong.planning.communication import (
+from megalong.model.flops import extra_mlp_products, matmul_weights
+from megalong.planning.parameters import buffer_of, rank_parameters
+from megalong.planning.ring import Moves, Pass, backward_pass, exposed_again, forward_pass, moves_of
+from megalong.planning.traffic import (
     LAYER_BACKWARD,
     LAYER_FORWARD,
+    layer_forward_again,
     part,
     pipeline_message,
-    step_bytes,
     tensor_parallel_whole,
 )
-from megalong.planning.elementwise import elementwise_bytes
-from megalong.planning.flops import matmul_weights
-from megalong.planning.parameters import buffer_of, padded_vocab_size, rank_parameters
-from megalong.planning.ringtime import Moves, Pass, backward_pass, forward_pass, moves_of
 from megalong.planning.workload import Workload
 from megalong.topology.links import slowest
 from megalong.topology.placement import Placement, groups
+
+# Bytes per element of the operator's width; e = 2, fp32 intermediates 4.
+NORM_FORWARD = 6 + 8 + 4 + 8 + 6 + 4  # to fp32, square, mean, scale, to bf16, times weight
+NORM_BACKWARD = 6 + 4 + 6 + 8 + 16 + 4 + 8 + 12 + 12 + 6  # products, casts, two paths to the input, their sum
+ADD = 6
+ROTARY_FORWARD = 4 + 2 + 4 + 4 + 6 + 4  # times cos, negate half, join, times sin, add, join
+ROTARY_BACKWARD = 4 + 4 + 2 + 4 + 6 + 4
+COPY = 4
+GATED_FORWARD = 4 + 4 + 6  # silu, up + 0, product
+GATED_BACKWARD = 12 + 6 + 8 + 4  # two products, silu, join
+MERGE_FORWARD = 14  # running fp32 output with one partial output, three quarters of the rows on average
+MERGE_BACKWARD = 8  # fp32 dQ
+MERGE_KEYS = 20  # fp32 dK and dV
+LOSS_PASSES = 2 + 4 + 4 + 8 + 8 + 4 + 8 + 4 + 2 + 2  # logits: to fp32, max, shift, exp, sum, divide, gradient
+WEIGHT_GRADIENT = 10  # bf16 gradient into fp32 main gradient
+OPTIMIZER = 16 + 12 + 2 + 4  # read gradient, weight, two moments; write three and the bf16 weight; norm
 
 
 @dataclass(frozen=True)
@@ -73,24 +92,26 @@ def step_time(work: Workload, placement: Placement) -> StepTime:
     forward = forward_pass(work, moves, peak * cluster.attention_forward_efficiency.value)
     backward = backward_pass(work, moves, peak * cluster.attention_backward_efficiency.value)
     last = layout.pp - 1
-    again = 1 if work.recompute in ("selective", "full") else 0
-    full = 1 if work.recompute == "full" else 0
-    n = work.layers
+    again, n = work.again, work.layers
 
     layer, head = _matmul_seconds(work, peak * cluster.gemm_efficiency.value)
-    matmul = n * layer * (3 + full) + head * (3 + (work.loss_chunks > 1))
-    attention = n * (forward.compute * (1 + again) + backward.compute)
-    ring = n * (forward.exposed * (1 + again) + backward.exposed)
-    tensor = _tensor_parallel_seconds(work, placement, layer, full)
+    mlp = layer * work.model.hidden_size * work.model.intermediate_size / matmul_weights(work.model).layer
+    tiles = mlp * extra_mlp_products(again) if work.mlp_tile else 0.0
+    matmul = n * (layer * (3 + again.layers) + tiles) + head * (3 + (work.loss_chunks > 1))
+    attention = n * (forward.compute * (1 + again.attention) + backward.compute)
+    ring = n * (forward.exposed + exposed_again(work, moves, forward) + backward.exposed)
+    tensor = _tensor_parallel_seconds(work, placement, layer)
     moved = elementwise_bytes(work, last)
     rate = cluster.memory_gbs.value * 1e9 * cluster.memory_efficiency.value
-    element = (n * (moved.layer_forward * (1 + full) + moved.layer_backward) + moved.loss + moved.accumulate) / rate
+    element = (
+        n * (moved.layer_forward * (1 + again.layers) + moved.layer_backward) + moved.loss + moved.accumulate
+    ) / rate
     overhead = n * cluster.layer_overhead_s.value
     message = _pipeline_message_seconds(work, placement)
 
     micro = matmul + attention + ring + tensor + element + overhead + message
     m = work.micro_batches
-    backward_share = (micro - message) * (2 + full) / (3 + full)
+    backward_share = (micro - message) * (2 + again.layers) / (3 + again.layers)
     reduction = _reduction_seconds(work, placement, backward_share)
     return StepTime(
         StepSeconds(
@@ -113,20 +134,20 @@ def step_time(work: Workload, placement: Placement) -> StepTime:
 
 def _matmul_seconds(work: Workload, rate: float) -> tuple[float, float]:
     """Forward seconds of one layer's and of the output layer's matrix products, one micro-batch, one rank."""
-    tp, S, model = work.layout.tp, work.local_tokens, work.model
-    layer = 2 * matmul_weights(model).layer * S / tp / rate
-    head = 2 * model.hidden_size * padded_vocab_size(model.vocab_size, tp) * S / tp / rate
-    return layer, head
+    tp, S = work.layout.tp, work.local_tokens
+    layer = 2 * matmul_weights(work.model).layer * S / tp / rate
+    return layer, 2 * work.model.hidden_size * work.vocab * S / rate
 
 
-def _tensor_parallel_seconds(work: Workload, placement: Placement, layer: float, full: int) -> float:
+def _tensor_parallel_seconds(work: Workload, placement: Placement, layer: float) -> float:
     """Exposed seconds per micro-batch: everything but what the weight gradients of column-parallel linears cover."""
     tp = work.layout.tp
     if tp == 1:
         return 0.0
     wire = slowest(placement, groups(work.layout, "tp"), reorder=work.reorders)
     one = wire.seconds(part(tensor_parallel_whole(work), tp), tp - 1)
-    forward = (LAYER_FORWARD.all_gather + LAYER_FORWARD.reduce_scatter) * one * (1 + full)
+    passes = (LAYER_FORWARD, layer_forward_again(work))
+    forward = sum(counts.all_gather + counts.reduce_scatter for counts in passes) * one
     # backward of qkv and fc1: the gather runs beside the input gradient, the scatter beside the weight gradient,
     # each as long as that linear's forward; qkv and fc1 are three quarters of a layer's products, roughly even here
     beside = 2 * max(0.0, one - layer * 3 / 8)
@@ -158,11 +179,42 @@ def _reduction_seconds(work: Workload, placement: Placement, backward: float) ->
     return scatter + gather
 
 
-def ring_bytes_per_step(work: Workload) -> int:
-    """Bytes that a rank sends for attention in one step."""
-    name = "+".join(a for a in ("cp",) if getattr(work.layout, a) > 1)
-    sent = step_bytes(work, 0)
-    return sum(size for (group, kind), size in sent.items() if group == name and kind in ("send", "all_gather"))
+@dataclass(frozen=True)
+class ElementwiseBytes:
+    """Bytes read and written by one rank."""
+
+    layer_forward: float
+    layer_backward: float
+    loss: float
+    """Of the logits, per micro-batch, forward, recompute and backward together (last stage)."""
+    accumulate: float
+    """Of all weight gradients of the stage, per micro-batch."""
+    optimizer: float
+    """Per step."""
+
+
+def elementwise_bytes(work: Workload, pp_rank: int) -> ElementwiseBytes:
+    """Bytes of one rank's element-wise operators per micro-batch."""
+    model, layout, S = work.model, work.layout, work.local_tokens
+    wide = 1.0 if work.precision == "bf16" else 1.5
+    rows, hidden = S // layout.tp * model.hidden_size, S * model.hidden_size
+    q, kv, f = S * work.q_width, S * work.kv_width, S * work.mlp_width
+    hops = layout.cp // work.inner - 1 if work.cp_comm_type != "all_gather" else 2 * (layout.cp > 1)
+    forward = 2 * (NORM_FORWARD + ADD) * rows + COPY * q + ROTARY_FORWARD * (q + kv) + GATED_FORWARD * f
+    backward = 2 * (NORM_BACKWARD + ADD) * rows + ROTARY_BACKWARD * (q + kv) + COPY * (q + 2 * kv) + GATED_BACKWARD * f
+    forward += hops * MERGE_FORWARD * q
+    backward += hops * (MERGE_BACKWARD * q + MERGE_KEYS * 2 * kv)
+    last = pp_rank == layout.pp - 1
+    # slicing a piece of the hidden states makes its gradient as wide as the whole: one pass per piece
+    slices = work.loss_chunks * 8 * hidden // layout.tp if work.loss_chunks > 1 else 0
+    parameters = sum(p.numel for p in rank_parameters(model, layout.tp, layout.pp, pp_rank))
+    return ElementwiseBytes(
+        wide * forward,
+        wide * backward,
+        last * (LOSS_PASSES * S * work.vocab * (1.5 if work.loss_chunks > 1 else 1.0) + slices),
+        WEIGHT_GRADIENT * parameters,
+        OPTIMIZER * parameters / (layout.dp * layout.cp) + 8 * parameters,
+    )
 
 
 def checkpoint_bytes(work: Workload) -> int:

@@ -1,4 +1,4 @@
-"""Which parameters does one rank hold, and how does megatron-core lay out their buffers and optimizer shards?
+"""The parameters that one rank holds, and the bytes of them, of gradients and of optimizer state.
 
 The order is that of `GPTModel.named_parameters()` with the local layer spec, and the padding is that of
 `megatron/core/distributed/param_and_grad_buffer.py` (0.16) under the distributed optimizer, so that bytes come out
@@ -9,10 +9,14 @@ multiple of the least common multiple of 128 and the number of ranks that share 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megalong.config.schema import ModelConfig
+from megalong.model.shape import Weight, embedding, final_norm, layer_weights, output_layer, padded_vocab_size
+from megalong.planning.workload import Workload
+from megalong.topology.layout import Coordinates
 
 
 @dataclass(frozen=True)
@@ -31,57 +35,35 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding as tensor parallelism cuts it: the next multiple of tp (as `megalong.model.gpt` does)."""
-    return math.ceil(vocab_size / tp) * tp
-
-
 def rank_parameters(model: ModelConfig, tp: int, pp: int, pp_rank: int) -> list[Parameter]:
     """Parameters of a rank of pipeline stage `pp_rank`, in module order."""
     first, last = pp_rank == 0, pp_rank == pp - 1
-    vocab = padded_vocab_size(model.vocab_size, tp) // tp
     tied = model.tie_word_embeddings
+    padded = replace(model, vocab_size=padded_vocab_size(model.vocab_size, tp))
     found = []
     if first:
-        found.append(Parameter("embedding.word_embeddings.weight", (vocab, model.hidden_size), shared=tied and pp > 1))
+        found.append(_cut(embedding(padded), tp, shared=tied and pp > 1))
     for layer in range(model.num_hidden_layers // pp):
-        found += [_named(f"decoder.layers.{layer}.", p) for p in layer_parameters(model, tp)]
+        found += layer_parameters(model, tp, f"decoder.layers.{layer}.")
     if last:
-        found.append(Parameter("decoder.final_layernorm.weight", (model.hidden_size,), replicated=True))
+        found.append(_cut(final_norm(model), tp))
         if not tied or pp > 1:
-            found.append(Parameter("output_layer.weight", (vocab, model.hidden_size), shared=tied))
+            found.append(_cut(output_layer(padded), tp, shared=tied))
     return found
 
 
-def layer_parameters(model: ModelConfig, tp: int) -> list[Parameter]:
-    """Parameters of one transformer layer, in module order."""
-    hidden, width = model.hidden_size, model.num_attention_heads * model.head_dim // tp
-    qkv = width + 2 * model.num_key_value_heads * model.head_dim // tp
-    mlp = model.intermediate_size // tp
-    norm = (hidden,)
-    found = [
-        Parameter("input_layernorm.weight", norm, replicated=True),
-        Parameter("self_attention.linear_proj.weight", (hidden, width)),
-        Parameter("self_attention.linear_proj.bias", norm, replicated=True),
-        Parameter("self_attention.linear_qkv.weight", (qkv, hidden)),
-        Parameter("self_attention.linear_qkv.bias", (qkv,)),
-        Parameter("pre_mlp_layernorm.weight", norm, replicated=True),
-        Parameter("mlp.linear_fc1.weight", (2 * mlp, hidden)),
-        Parameter("mlp.linear_fc1.bias", (2 * mlp,)),
-        Parameter("mlp.linear_fc2.weight", (hidden, mlp)),
-        Parameter("mlp.linear_fc2.bias", norm, replicated=True),
-    ]
-
-    def exists(p: Parameter) -> bool:
-        if not p.name.endswith(".bias"):
-            return True
-        return model.attention_bias if p.name.startswith("self_attention") else model.mlp_bias
-
-    return [p for p in found if exists(p)]
+def layer_parameters(model: ModelConfig, tp: int, prefix: str = "") -> list[Parameter]:
+    """Parameters of one transformer layer, in module order: attention's output projection is made first."""
+    weights = layer_weights(model)
+    norm, *attention = (w for w in weights if w.name.startswith(("input_", "self_attention")))
+    attention.sort(key=lambda w: "linear_qkv" in w.name)
+    mlp = [w for w in weights if w.name.startswith(("pre_mlp", "mlp"))]
+    return [_cut(w, tp, prefix) for w in (norm, *attention, *mlp)]
 
 
-def _named(prefix: str, p: Parameter) -> Parameter:
-    return Parameter(prefix + p.name, p.shape, p.replicated, p.shared)
+def _cut(weight: Weight, tp: int, prefix: str = "", shared: bool = False) -> Parameter:
+    shape = tuple(n // tp if axis == weight.tp_axis else n for axis, n in enumerate(weight.shape))
+    return Parameter(prefix + weight.name, shape, replicated=weight.tp_axis is None, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -102,11 +84,12 @@ class Buffer:
 
     def shard_elements(self, group_rank: int) -> int:
         """Parameters (without padding) whose optimizer state the rank at `group_rank` of the group keeps."""
-        total = 0
+        total, starts = 0, [start for start, _ in self.ranges]
         for start, stop in self.buckets:
             share = (stop - start) // self.group_size
             low = start + group_rank * share
-            total += sum(max(0, min(b, low + share) - max(a, low)) for a, b in self.ranges)
+            overlapping = self.ranges[max(0, bisect_right(starts, low) - 1) : bisect_left(starts, low + share)]
+            total += sum(max(0, min(b, low + share) - max(a, low)) for a, b in overlapping)
         return total
 
 
@@ -148,3 +131,37 @@ def default_bucket_size(group_size: int, pp_rank: int, overlap: bool) -> int | N
     """megatron's bucket size in elements (`DistributedDataParallel.__init__`): bucketed only where the reduction
     overlaps with backward, and not on later pipeline stages."""
     return max(40_000_000, 1_000_000 * group_size) if overlap and pp_rank == 0 else None
+
+
+MAIN_GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What a rank keeps all the time, bytes."""
+
+    weights: int
+    """Parameters in the model's dtype, with the padding of megatron's buffer."""
+    gradients: int
+    """fp32 main gradients, padded alike."""
+    optimizer: int
+    """This rank's shard of fp32 master weights (bf16 runs only) and the two moments."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def static_bytes(work: Workload, at: Coordinates) -> StaticBytes:
+    """Exactly what megatron's buffers and distributed optimizer hold on the rank at `at`."""
+    layout = work.layout
+    group = layout.dp * layout.cp
+    parameters = rank_parameters(work.model, layout.tp, layout.pp, at.pp)
+    buffer = buffer_of(parameters, group, default_bucket_size(group, at.pp, work.overlap_gradients))
+    # fp32 runs update the parameters themselves: a shard of them is a view and costs nothing
+    per_element = 12 if work.precision == "bf16" else 8
+    return StaticBytes(
+        weights=buffer.numel * work.element_bytes,
+        gradients=buffer.numel * MAIN_GRADIENT_BYTES,
+        optimizer=buffer.shard_elements(at.dp * layout.cp + at.cp) * per_element,
+    )

@@ -3,19 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from megalong.config.cluster import ClusterConfig
-from megalong.config.schema import Config
-from megalong.planning.communication import step_bytes
+from megalong.model.flops import hardware_flops_per_step, model_flops_per_step
 from megalong.planning.duration import StepTime, checkpoint_seconds, step_time
-from megalong.planning.flops import hardware_flops_per_step, model_flops_per_step
-from megalong.planning.memory import GIB, MemoryPlan, memory_plan
-from megalong.planning.ringmap import RingRow, ring_map
+from megalong.planning.memory import MemoryPlan, memory_plan
+from megalong.planning.ring import RingRow, ring_map
 from megalong.planning.workload import Workload, workload_of
+from megalong.run import Run
 from megalong.topology.placement import Placement
 
 SIGNAL_EARLY_S = 60  # Slurm may send the signal this much before its time
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """Throughput of a step, whether planned or measured."""
+
+    tokens_per_second_per_gpu: float
+    mfu: float
+    """Model FLOPs per second as a share of the dense bf16 peak, whatever the run's precision."""
+    hfu: float
+    """Executed FLOPs per second as a share of the same peak."""
+
+
+def utilisation(work: Workload, cluster: ClusterConfig, seconds: float, window: int | None = None) -> Utilisation:
+    """What one optimizer step of `seconds` makes of the devices.
+
+    Args:
+        window: tokens of its sequences, of which several are packed where they are shorter; None: the run's window.
+    """
+    model, length, world = work.model, window or work.seq_length, work.layout.world_size
+    batch = work.global_batch_size * (work.seq_length // length)
+    how = {"chunked_loss": work.loss_chunks > 1, "tiled_mlp": work.mlp_tile > 0}
+    executed = hardware_flops_per_step(model, length, batch, work.recompute, **how)
+
+    def share(flops: float) -> float:
+        return flops / seconds / world / (cluster.peak_tflops * 1e12)
+
+    return Utilisation(
+        work.tokens_per_step / seconds / world, share(model_flops_per_step(model, length, batch)), share(executed)
+    )
+
+
+@dataclass(frozen=True)
+class ShorterSteps:
+    """Steps that read shorter sequences, packed to the window."""
+
+    window: int
+    """Tokens of a sequence."""
+    steps: int
+    step: StepTime
 
 
 @dataclass(frozen=True)
@@ -29,6 +67,8 @@ class Plan:
     ring: list[RingRow]
     checkpoint_s: float
     """Time of writing one checkpoint."""
+    shorter: tuple[ShorterSteps, ...] = ()
+    """Steps that read sequences shorter than the window."""
 
     @property
     def cluster(self) -> ClusterConfig:
@@ -40,13 +80,20 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """Seconds of one optimizer step."""
+        """Seconds of one optimizer step of the window."""
         return self.step.seconds.total
+
+    def step_s_of(self, window: int) -> float:
+        """Seconds of one optimizer step that reads sequences of `window` tokens."""
+        found = {other.window: other.step.seconds.total for other in self.shorter}
+        return found.get(window, self.step_s)
 
     @property
     def wall_s(self) -> float:
         """Seconds of the stage: its steps and its checkpoints."""
-        return self.work.steps * self.step_s + self.work.checkpoints * self.checkpoint_s
+        seconds = [other.step.seconds.total for other in self.shorter for _ in range(other.steps)]
+        own = self.work.steps - len(seconds)
+        return own * self.step_s + sum(seconds) + self.work.checkpoints * self.checkpoint_s
 
     @property
     def gpu_hours(self) -> float:
@@ -60,28 +107,9 @@ class Plan:
         return watts * self.wall_s / 3.6e6
 
     @property
-    def tokens_per_second_per_gpu(self) -> float:
-        return self.work.tokens_per_step / self.step_s / self.work.layout.world_size
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs per second as a share of the dense bf16 peak."""
-        work = self.work
-        return self._share(model_flops_per_step(work.model, work.seq_length, work.global_batch_size))
-
-    @property
-    def hfu(self) -> float:
-        """Executed FLOPs per second as a share of the dense bf16 peak."""
-        work = self.work
-        chunked = work.loss_chunks > 1
-        return self._share(
-            hardware_flops_per_step(
-                work.model, work.seq_length, work.global_batch_size, work.recompute, chunked_loss=chunked
-            )
-        )
-
-    def _share(self, flops: float) -> float:
-        return flops / self.step_s / self.work.layout.world_size / (self.cluster.peak_tflops * 1e12)
+    def use(self) -> Utilisation:
+        """Throughput and utilisation of a step that takes as long as planned."""
+        return utilisation(self.work, self.cluster, self.step_s)
 
     @property
     def bottleneck(self) -> str:
@@ -124,70 +152,10 @@ def make_plan(work: Workload, cluster: ClusterConfig, slots: tuple[int, ...] | N
         step,
         ring_map(work, placement, step.forward, step.backward),
         checkpoint_seconds(work, cluster),
+        tuple(ShorterSteps(w, steps, step_time(work.reading(w), placement)) for w, steps in work.shorter),
     )
 
 
-def plan_of(config: Config) -> Plan:
-    """The plan of a resolved configuration."""
-    return make_plan(workload_of(config), config.cluster)
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything in a plan as plain values, for `output=json`. Units are in the keys."""
-    work, layout = plan.work, plan.work.layout
-    ranks = []
-    for rank in range(layout.world_size):
-        at = layout.coordinates(rank)
-        ring = layout.stride("cp")
-        base = rank - at.cp * ring
-        neighbour = {d: base + (at.cp + d) % layout.cp * ring for d in (-1, 1)}
-        ranks.append(
-            {
-                "rank": rank,
-                "node": plan.placement.node(rank),
-                "slot": plan.placement.slot(rank),
-                **asdict(at),
-                "ring_left": neighbour[-1],
-                "ring_right": neighbour[1],
-                "ring_edge": plan.placement.edge(rank, neighbour[1]) if layout.cp > 1 else "self",
-            }
-        )
-    return {
-        "window": work.seq_length,
-        "layout": asdict(layout),
-        "cp_comm_type": work.cp_comm_type,
-        "hierarchical_context_parallel_sizes": work.hierarchical_sizes,
-        "global_batch_size": work.global_batch_size,
-        "steps": work.steps,
-        "tokens": work.tokens_per_step * work.steps,
-        "recompute": work.recompute,
-        "precision": work.precision,
-        "cluster": {
-            "name": plan.cluster.name,
-            "gpu": plan.cluster.gpu,
-            "facts": {name: asdict(fact) for name, fact in plan.cluster.facts().items()},
-        },
-        "fits": plan.fits,
-        "memory_bytes": plan.memory.terms,
-        "memory_total_gib": plan.memory.total / GIB,
-        "memory_capacity_gib": plan.memory.capacity / GIB,
-        "host_memory_gib_per_node": plan.memory.host_per_node / GIB,
-        "bytes_sent_per_step": {
-            f"stage{s}": {"/".join(k): v for k, v in step_bytes(work, s).items()} for s in {0, layout.pp - 1}
-        },
-        "ring": [asdict(row) for row in plan.ring],
-        "bottleneck": plan.bottleneck,
-        "step_seconds": asdict(plan.step.seconds),
-        "step_total_s": plan.step_s,
-        "attention_layer": {"forward": asdict(plan.step.forward), "backward": asdict(plan.step.backward)},
-        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
-        "mfu": plan.mfu,
-        "hfu": plan.hfu,
-        "checkpoint_s": plan.checkpoint_s,
-        "wall_minutes": plan.wall_s / 60,
-        "gpu_hours": plan.gpu_hours,
-        "kwh": plan.kwh,
-        "collective_timeout_s": plan.collective_timeout_s,
-        "signal_lead_s": plan.signal_lead_s,
-        "ranks": ranks,
-    }
+def plan_of(run: Run) -> Plan:
+    """The plan of a run."""
+    return make_plan(workload_of(run), run.config.cluster)

@@ -1,18 +1,19 @@
-"""What does the whole recipe cost, stage by stage, beside what the model card reports?
+"""The cost of the whole recipe, stage by stage, beside what the model card reports.
 
-For each stage: the card's own layout (rings of 8 and 32, one replica per ring), the layout the planner would choose on
-the same devices, and one single ring over all of them. Everything but the card's minutes is computed.
+For each stage: the card's own layout (rings of 8 and 32, one replica per ring), the layout and policy of recompute that
+the planner would choose on the same devices, its choice with every layer computed again, and one single ring over all
+of them. (The card's and the single ring have every layer computed again.) All but the card's minutes is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megalong.config.cluster import ClusterConfig
+from megalong.config.cluster import SHARES_OF_THE_PEAK, ClusterConfig
+from megalong.model.flops import hardware_flops_per_step, model_flops_per_step
 from megalong.planning.choose import candidates, ranking
-from megalong.planning.flops import hardware_flops_per_step, model_flops_per_step
 from megalong.planning.plan import Plan, make_plan
 from megalong.planning.workload import Workload
 from megalong.topology.layout import Layout
@@ -32,7 +33,9 @@ class RecipeRow:
     card: Plan
     """The card's layout."""
     best: Plan
-    """The fastest layout that fits."""
+    """The fastest layout and policy of recompute that fit."""
+    full: Plan
+    """The fastest layout that fits when every layer is computed again, attention included, the MLP in one piece."""
     single_ring: Plan
     """All devices in one ring."""
 
@@ -73,20 +76,21 @@ def recipe_row(name: str, card_minutes: float, work: Workload, cluster: ClusterC
     """Plan one stage three ways.
 
     Args:
-        work: the stage; its layout's ranks are the devices to use.
+        work: the stage, its recompute `auto` or fixed; its layout's ranks are the devices to use.
         cluster: as many devices, wired as they would be.
     """
     gpus = work.layout.world_size
     ring = CARD_RING.get(gpus, gpus)
-    plans = ranking(list(candidates(work, cluster, gpus)))
+    every_layer = replace(work, recompute="full", mlp_chunk=0)
     return RecipeRow(
         stage=name,
         gpus=gpus,
         tokens=work.tokens_per_step * work.steps,
         card_minutes=card_minutes,
-        card=make_plan(work.on(Layout(cp=ring, dp=gpus // ring)), cluster),
-        best=plans[0],
-        single_ring=make_plan(work.on(Layout(cp=gpus)), cluster),
+        card=make_plan(every_layer.on(Layout(cp=ring, dp=gpus // ring)), cluster),
+        best=ranking(list(candidates(work, cluster, gpus)))[0],
+        full=ranking(list(candidates(every_layer, cluster, gpus)))[0],
+        single_ring=make_plan(every_layer.on(Layout(cp=gpus)), cluster),
     )
 
 
@@ -94,26 +98,28 @@ def table(rows: Sequence[RecipeRow]) -> str:
     """The recipe as text."""
     lines = [
         "minutes per stage; the card's as reported, all others computed by this planner",
-        "stage        tokens  GPUs  card  card's layout  planner's choice (layout)                        one ring",
+        "stage        tokens  GPUs  card  card's layout  planner's choice (layout, recompute)                    "
+        "all again  one ring",
     ]
     for row in rows:
         lines.append(
             f"{row.stage:<6} {row.tokens:>12,} {row.gpus:>5} {row.card_minutes:>5.0f}  {_minutes(row.card):>13}  "
-            f"{_minutes(row.best):>7} ({row.best.work.layout}){'':<8} {_minutes(row.single_ring):>9}"
+            f"{_minutes(row.best):>7} {f'({row.best.work.layout}, {row.best.work.recompute})':<45} "
+            f"{_minutes(row.full):>8} {_minutes(row.single_ring):>9}"
         )
     card, best = sum(r.card_gpu_hours for r in rows), sum(r.best.gpu_hours for r in rows)
-    own = sum(r.card.gpu_hours for r in rows)
+    own, full = (sum(plan.gpu_hours for plan in plans) for plans in zip(*((r.card, r.full) for r in rows), strict=True))
     energy = sum(r.best.kwh for r in rows)
     lines += [
         f"GPU hours: card {card:,.0f}; card's layouts computed {own:,.0f}; planner's choice {best:,.0f} "
-        f"({energy:,.0f} kWh at full power)",
+        f"({full:,.0f} if all of every layer is computed again; {energy:,.0f} kWh at full power)",
         "* does not fit in the memory of the device under megatron's distributed optimizer (weights and fp32 gradients "
         "are whole on every rank)",
     ]
     lines += [f"card's {row.card_minutes:.0f} minutes for {row.stage}: {row.verdict}" for row in rows]
     cluster = rows[0].card.cluster
-    shares = ("gemm_efficiency", "attention_forward_efficiency", "attention_backward_efficiency")
-    stated = ", ".join(f"{name} {cluster.facts()[name].value} ({cluster.facts()[name].tag})" for name in shares)
+    facts = cluster.facts()
+    stated = ", ".join(f"{name} {facts[name].value} ({facts[name].tag})" for name in SHARES_OF_THE_PEAK)
     lines.append(f"efficiencies: {stated}; peak {cluster.peak_tflops:.0f} ({cluster.peak_bf16_tflops.tag})")
     return "\n".join(lines)
 
@@ -128,11 +134,12 @@ def as_json(rows: Sequence[RecipeRow]) -> dict[str, Any]:
     def of(plan: Plan) -> dict[str, Any]:
         return {
             "layout": asdict(plan.work.layout),
+            "recompute": plan.work.recompute,
             "minutes": plan.wall_s / 60,
             "gpu_hours": plan.gpu_hours,
             "fits": plan.fits,
             "memory_gib": plan.memory.total / 2**30,
-            "mfu": plan.mfu,
+            "mfu": plan.use.mfu,
             "step_seconds": asdict(plan.step.seconds),
         }
 
@@ -151,11 +158,13 @@ def as_json(rows: Sequence[RecipeRow]) -> dict[str, Any]:
                 },
                 "card_layout": of(row.card),
                 "chosen": of(row.best),
+                "full_recompute": of(row.full),
                 "single_ring": of(row.single_ring),
             }
             for row in rows
         ],
         "card_gpu_hours": sum(r.card_gpu_hours for r in rows),
+        "full_recompute_gpu_hours": sum(r.full.gpu_hours for r in rows),
         "chosen_gpu_hours": sum(r.best.gpu_hours for r in rows),
         "chosen_kwh": sum(r.best.kwh for r in rows),
     }

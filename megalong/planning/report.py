@@ -1,14 +1,16 @@
-"""How is a plan told to a person? Plain text, one screen."""
+"""How is a plan told? To a person as plain text, one screen; to a script as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from megalong.config.cluster import ClusterConfig
 from megalong.planning.memory import GIB
 from megalong.planning.plan import Plan
-from megalong.planning.ringmap import RingRow
+from megalong.planning.ring import RingRow
+from megalong.planning.traffic import step_bytes
 from megalong.topology.placement import groups
 from megalong.topology.valid import as_overrides
 
@@ -92,7 +94,7 @@ def _path(plan: Plan, ring: Sequence[int]) -> str:
 
 
 def _time(plan: Plan) -> str:
-    seconds = asdict(plan.step.seconds)
+    seconds, use = asdict(plan.step.seconds), plan.use
     lines = ["one optimizer step (seconds)"]
     lines += [
         f"  {name.replace('_', ' '):<34}{value:8.2f}  {_bar(value / plan.step_s)}"
@@ -101,8 +103,13 @@ def _time(plan: Plan) -> str:
     ]
     lines.append(f"  {'total':<34}{plan.step_s:8.2f}  bottleneck: {plan.bottleneck}")
     lines += [
-        f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU (whole steps), MFU {plan.mfu:.1%} (model FLOPs: causal "
-        f"half, no recompute), HFU {plan.hfu:.1%} (executed)",
+        f"{other.steps} of {plan.work.steps} steps read sequences of {other.window:,} tokens, packed to the window: "
+        f"{other.step.seconds.total:.2f} each"
+        for other in plan.shorter
+    ]
+    lines += [
+        f"{use.tokens_per_second_per_gpu:,.0f} tokens/s/GPU (whole steps), MFU {use.mfu:.1%} (model FLOPs: causal "
+        f"half, no recompute), HFU {use.hfu:.1%} (executed)",
         f"stage: {plan.wall_s / 60:,.0f} minutes with {plan.work.checkpoints} saves of {plan.checkpoint_s:.0f} s, "
         f"{plan.gpu_hours:,.0f} GPU hours, {plan.kwh:,.0f} kWh at full power",
         f"collective timeout {plan.collective_timeout_s} s, signal {plan.signal_lead_s} s before the end of the job",
@@ -123,8 +130,69 @@ def alternatives_table(plans: Sequence[Plan]) -> str:
     """Plans side by side, in the order given."""
     lines = ["  step s  tokens/s/GPU   MFU  GiB of GPU  exposed ring s  fits  layout"]
     lines += [
-        f"{p.step_s:>8.2f} {p.tokens_per_second_per_gpu:>13,.0f} {p.mfu:>5.0%} {p.memory.total / GIB:>11.1f} "
-        f"{p.step.seconds.ring:>15.2f}  {'yes' if p.fits else 'no ':<4}  {as_overrides(p.work.layout)}"
+        f"{p.step_s:>8.2f} {p.use.tokens_per_second_per_gpu:>13,.0f} {p.use.mfu:>5.0%} {p.memory.total / GIB:>11.1f} "
+        f"{p.step.seconds.ring:>15.2f}  {'yes' if p.fits else 'no ':<4}  {as_overrides(p.work.layout)} "
+        f"train.recompute={p.work.recompute}"
         for p in plans
     ]
     return "\n".join(lines)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything in a plan as plain values, for `output=json`. Units are in the keys."""
+    work, layout = plan.work, plan.work.layout
+    ranks = []
+    for rank in range(layout.world_size):
+        at = layout.coordinates(rank)
+        ring = layout.stride("cp")
+        base = rank - at.cp * ring
+        neighbour = {d: base + (at.cp + d) % layout.cp * ring for d in (-1, 1)}
+        ranks.append(
+            {
+                "rank": rank,
+                "node": plan.placement.node(rank),
+                "slot": plan.placement.slot(rank),
+                **asdict(at),
+                "ring_left": neighbour[-1],
+                "ring_right": neighbour[1],
+                "ring_edge": plan.placement.edge(rank, neighbour[1]) if layout.cp > 1 else "self",
+            }
+        )
+    return {
+        "window": work.seq_length,
+        "layout": asdict(layout),
+        "cp_comm_type": work.cp_comm_type,
+        "hierarchical_context_parallel_sizes": work.hierarchical_sizes,
+        "global_batch_size": work.global_batch_size,
+        "steps": work.steps,
+        "tokens": work.tokens_per_step * work.steps,
+        "recompute": work.recompute,
+        "precision": work.precision,
+        "cluster": {
+            "name": plan.cluster.name,
+            "gpu": plan.cluster.gpu,
+            "facts": {name: asdict(fact) for name, fact in plan.cluster.facts().items()},
+        },
+        "fits": plan.fits,
+        "memory_bytes": plan.memory.terms,
+        "memory_total_gib": plan.memory.total / GIB,
+        "memory_capacity_gib": plan.memory.capacity / GIB,
+        "host_memory_gib_per_node": plan.memory.host_per_node / GIB,
+        "bytes_sent_per_step": {
+            f"stage{s}": {"/".join(k): v for k, v in step_bytes(work, s).items()} for s in {0, layout.pp - 1}
+        },
+        "ring": [asdict(row) for row in plan.ring],
+        "bottleneck": plan.bottleneck,
+        "step_seconds": asdict(plan.step.seconds),
+        "step_total_s": plan.step_s,
+        "shorter": [{"window": s.window, "steps": s.steps, "step_total_s": s.step.seconds.total} for s in plan.shorter],
+        "attention_layer": {"forward": asdict(plan.step.forward), "backward": asdict(plan.step.backward)},
+        **asdict(plan.use),
+        "checkpoint_s": plan.checkpoint_s,
+        "wall_minutes": plan.wall_s / 60,
+        "gpu_hours": plan.gpu_hours,
+        "kwh": plan.kwh,
+        "collective_timeout_s": plan.collective_timeout_s,
+        "signal_lead_s": plan.signal_lead_s,
+        "ranks": ranks,
+    }

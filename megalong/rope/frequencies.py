@@ -1,4 +1,4 @@
-"""At which frequencies does a rotary embedding turn, for every rope type that Hugging Face configs know?
+"""Rotary frequencies for every rope type that Hugging Face configs know, bit for bit those of transformers.
 
 Each function repeats the arithmetic of transformers 5.x `modeling_rope_utils.py` (and `modeling_llama.py` for the plain
 type) operation by operation, in fp32 where transformers uses fp32 and in Python floats where it uses those, so that
@@ -12,12 +12,15 @@ Sources: linear (kaiokendev 2023), dynamic (bloc97, emozilla 2023), yarn (Peng e
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from megalong.runtime.errors import ThetaError
+
+_LARGEST_THETA = 1e18  # beyond, fp32 phases of a long window no longer tell positions apart
 
 # Fields of a Hugging Face rope dict besides rope_type and rope_theta: (required, optional).
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -44,15 +47,15 @@ def rope_type(scaling: Mapping[str, Any] | None) -> str:
     """
     if not scaling:
         return "default"
-    names = {scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None}
-    if len(names) > 1:
-        raise ThetaError(f"The rope dict {dict(scaling)} names two types: {', '.join(sorted(map(str, names)))}.")
+    names = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
+    for name in names:
+        if not isinstance(name, str) or name not in FIELDS:
+            raise ThetaError(f"rope_type={name!r} is not supported for Llama; it is one of {', '.join(FIELDS)}.")
     if not names:
         raise ThetaError(f"The rope dict {dict(scaling)} has no rope_type; it is one of {', '.join(FIELDS)}.")
-    name = names.pop()
-    if name not in FIELDS:
-        raise ThetaError(f"rope_type={name!r} is not supported for Llama; it is one of {', '.join(FIELDS)}.")
-    return str(name)
+    if names[0] != names[-1]:
+        raise ThetaError(f"The rope dict {dict(scaling)} names two types: {', '.join(sorted(names))}.")
+    return str(names[0])
 
 
 def check_scaling(theta: float | None, head_dim: int, scaling: Mapping[str, Any] | None) -> str:
@@ -68,8 +71,8 @@ def check_scaling(theta: float | None, head_dim: int, scaling: Mapping[str, Any]
             f"The {kind} rotary embedding has no rope_theta. transformers would silently take 10000: add the "
             "rope_theta that the model was trained with to config.json."
         )
-    if not _is_number(theta) or not theta > 1.0:
-        raise ThetaError(f"rope_theta={theta!r}: a rotary base is a finite number above 1.")
+    if not is_number(theta) or not 1.0 < theta <= _LARGEST_THETA:
+        raise ThetaError(f"rope_theta={theta!r}: a rotary base is a finite number above 1, at most {_LARGEST_THETA:g}.")
     if head_dim < 2 or head_dim % 2:
         raise ThetaError(f"head_dim={head_dim}: a rotary embedding needs an even head dimension.")
     partial = scaling.get("partial_rotary_factor")
@@ -109,16 +112,30 @@ def rotary_frequencies(
         inv_freq [D/2] fp32 on CPU, radians per token, and the attention factor that multiplies cos and sin.
 
     Raises:
-        ThetaError: the fields do not define a rotary embedding completely.
+        ThetaError: the fields do not define a rotary embedding completely, or one that does not turn.
     """
     kind = check_scaling(theta, head_dim, scaling)
-    scaling = scaling or {}
+    try:
+        inv_freq, factor = _frequencies(kind, theta, head_dim, scaling or {}, max_position_embeddings, sequence_length)
+    except (ArithmeticError, ValueError) as error:
+        raise ThetaError(f"rope_type={kind} with {dict(scaling or {})} cannot be computed: {error}.") from error
+    if not (is_number(factor) and factor > 0 and bool((inv_freq > 0).all()) and bool(inv_freq.isfinite().all())):
+        raise ThetaError(
+            f"rope_type={kind}, rope_theta={theta!r} and {dict(scaling or {})} give frequencies from "
+            f"{inv_freq.min():g} to {inv_freq.max():g} and the factor {factor:g}: all must be positive numbers."
+        )
+    return inv_freq, factor
+
+
+def _frequencies(
+    kind: str, theta: float, head_dim: int, scaling: Mapping[str, Any], window: int, sequence_length: int | None
+) -> tuple[torch.Tensor, float]:
     if kind == "yarn":
         return _yarn(theta, head_dim, scaling)
     if kind == "longrope":
-        return _longrope(theta, head_dim, scaling, max_position_embeddings, sequence_length)
+        return _longrope(theta, head_dim, scaling, window, sequence_length)
     if kind == "dynamic":
-        return _plain(_dynamic_base(theta, head_dim, scaling, max_position_embeddings, sequence_length), head_dim), 1.0
+        return _plain(_dynamic_base(theta, head_dim, scaling, window, sequence_length), head_dim), 1.0
     inv_freq = _plain(theta, head_dim)
     if kind == "linear":
         inv_freq /= scaling["factor"]
@@ -204,16 +221,22 @@ def _llama3(inv_freq: torch.Tensor, scaling: Mapping[str, Any]) -> torch.Tensor:
 def _check_values(kind: str, head_dim: int, scaling: Mapping[str, Any]) -> None:
     for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
         value = scaling.get(name)
-        if value is not None and (not _is_number(value) or value <= 0):
+        if value is not None and (not is_number(value) or value <= 0):
             raise ThetaError(f"rope_type={kind}: {name}={value!r} must be a positive number.")
+    for name in ("mscale", "mscale_all_dim"):
+        value = scaling.get(name)
+        if value is not None and (not is_number(value) or value < 0):
+            raise ThetaError(f"rope_type={kind}: {name}={value!r} must be a number, not below 0.")
+    if not isinstance(scaling.get("truncate", True), bool):
+        raise ThetaError(f"rope_type={kind}: truncate={scaling['truncate']!r} must be true or false.")
     for name in ("short_factor", "long_factor"):
         value = scaling.get(name)
         if value is not None and (
-            not isinstance(value, list | tuple) or len(value) != head_dim // 2 or not all(map(_is_number, value))
+            not isinstance(value, list | tuple) or len(value) != head_dim // 2 or not all(map(is_number, value))
         ):
             raise ThetaError(f"rope_type={kind}: {name} must be {head_dim // 2} numbers (half of head_dim).")
     original = scaling.get("original_max_position_embeddings")
-    if original is not None and (not isinstance(original, int) or original < 1):
+    if original is not None and (type(original) is not int or not 1 <= original < 2**31):
         raise ThetaError(f"rope_type={kind}: original_max_position_embeddings={original!r} must be a positive integer.")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ThetaError("rope_type=llama3: high_freq_factor must be above low_freq_factor.")
@@ -221,5 +244,6 @@ def _check_values(kind: str, head_dim: int, scaling: Mapping[str, Any]) -> None:
         raise ThetaError(f"rope_type=dynamic needs a head_dim above 2, not {head_dim}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a number to compute with: not a bool, not NaN, finite also as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megalong.runtime.errors import ThetaError
 
-LAWS = ("dynamic_ntk", "scaling_law", "fixed")
+LAWS = ("dynamic_ntk", "scaling_law", "unchanged", "fixed")
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ def stage_theta(
     if law == "dynamic_ntk":
         theta = dynamic_ntk(previous, window, head_dim, factor)
         origin = f"{previous.theta:.17g} at {previous.window} tokens with factor {factor:g} and head_dim {head_dim}"
+    elif law == "unchanged":
+        theta = previous.theta
+        origin = f"{previous.theta:.17g} at {previous.window} tokens, unchanged"
     elif law == "scaling_law":
         theta = scaling_law(base, window)
         origin = f"{base.theta:.17g} at {base.window} tokens"
@@ -112,7 +115,7 @@ def stage_theta(
     if declared is not None and declared != theta:
         raise ThetaError(
             f"stage.theta={declared:.17g} contradicts stage.theta_law={law}, which gives {theta:.17g} for {window} "
-            f"tokens from {origin}. Remove stage.theta, or set stage.theta_law=fixed."
+            f"tokens from {origin}. Leave it to the law with stage.theta=null, or keep it with stage.theta_law=fixed."
         )
     return theta
 

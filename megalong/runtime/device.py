@@ -1,4 +1,4 @@
-"""Which device does this process compute on, and how does megatron-core run where there is no CUDA?
+"""The device that this process computes on, and megatron-core on the CPU where there is no CUDA.
 
 megatron-core 0.16 calls `torch.cuda` unconditionally. `install()` makes a CPU process answer those calls with the
 CPU; it does nothing where CUDA is there. Only factory functions and a few methods are replaced, on the `torch`
@@ -13,9 +13,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from megalong.runtime.resident import peak_resident_bytes
 
 CPU = torch.device("cpu")
 _installed = False
@@ -42,6 +45,17 @@ def on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def be_deterministic() -> None:
+    """Only operators that give the same bits in every run; before the first use of CUDA.
+
+    torch refuses the others by name. cuBLAS needs a workspace of its own for it (docs.nvidia.com/cuda/cublas, results
+    reproducibility); memory that nobody has written is left as it is.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def backend() -> str:
     """torch.distributed backend for the device: nccl or gloo."""
     return "nccl" if on_cuda() else "gloo"
@@ -57,9 +71,23 @@ def peak_memory_bytes() -> int:
     """Highest memory so far: allocated on the GPU, or the resident size of the process on the CPU."""
     if on_cuda():
         return torch.cuda.max_memory_allocated()
-    import resource
+    return peak_resident_bytes()
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def cuda_devices() -> tuple[str, int, float]:
+    """Name, number and memory in GiB of the GPUs that this process sees; of several kinds, all names and the least
+    memory."""
+    seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return " and ".join(sorted({p.name for p in seen})), len(seen), min(p.total_memory for p in seen) / 2**30
+
+
+def host_memory_gib() -> float:
+    """Memory of this node that its processes may use, GiB: what is there, or what a container is allowed."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            found = min(found, int(Path(limit).read_text(encoding="ascii")))
+    return found / 2**30
 
 
 def set_cuda_device(local_rank: int) -> None:
@@ -125,6 +153,7 @@ class _Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> None: ...
     def synchronize(self) -> None: ...
 
 

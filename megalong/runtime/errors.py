@@ -10,6 +10,7 @@ EXIT_CRASHED = 1
 EXIT_USER_ERROR = 2
 EXIT_SAVED_ON_SIGNAL = 85
 EXIT_NO_PROGRESS = 93
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -60,3 +61,9 @@ class NoProgressError(UserError):
     """A restarted job begins where its last attempt began: another attempt would end the same way."""
 
     exit_code = EXIT_NO_PROGRESS
+
+
+class StopRequestedError(UserError):
+    """A machine starts again what somebody has asked to stop."""
+
+    exit_code = EXIT_SAVED_ON_SIGNAL

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 def partial_of(target: Path) -> Path:
@@ -29,18 +30,30 @@ def sync(path: Path) -> None:
 def write_text(target: Path, text: str) -> None:
     """Replace a small file in one step: readers, and a crash, see the old text or the new one."""
     aside = partial_of(target)
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     os.replace(aside, target)
     sync(target.parent)
 
 
 def fresh_folder(path: Path) -> None:
-    """An empty folder at `path`; what was left there by an interrupted writer goes."""
-    if path.exists():
-        shutil.rmtree(path)
+    """An empty folder at `path`, a name that only this program gives; what an interrupted writer left there goes.
+
+    Raises:
+        OSError: what is there cannot be removed; the text names it.
+    """
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        what = f"{path} was left by an interrupted save and cannot be removed: {error}"
+        raise OSError(error.errno, what) from error
     path.mkdir(parents=True)
 
 
@@ -59,13 +72,19 @@ def hold(folder: Path) -> IO[str] | None:
         the open lock file: the claim ends when it is closed or the process is gone, however it went.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        file = (folder / LOCK).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        try:  # the holder before may have removed the file that was just locked
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        except FileNotFoundError:
+            folder.mkdir(parents=True, exist_ok=True)
         file.close()
-        return None
-    return file
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Which rank am I, how do ranks meet, and how does a mistake reach the user exactly once?
+"""A process learns its rank, meets the others, and tells a mistake exactly once.
 
 Understands torchrun (RANK, WORLD_SIZE, LOCAL_RANK, ...), one task per GPU under Slurm (SLURM_PROCID, ...), and
 a plain single process.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from megalong.runtime.errors import EXIT_OK, EXIT_SAVED_ON_SIGNAL, ConfigError, JoinError, UserError
-from megalong.runtime.watchdog import Watchdog
+from megalong.runtime import console, live
+from megalong.runtime.called import as_called
+from megalong.runtime.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_SAVED_ON_SIGNAL, ConfigError, JoinError, UserError
+from megalong.runtime.torchrun import last_words
+from megalong.runtime.watchdog import Watchdog, enter
 
 T = TypeVar("T")
 
@@ -66,15 +70,33 @@ def this_process(env: dict[str, str] | None = None) -> Process:
     return Process(0, 1, 0, "single")
 
 
+def ranks_per_node(env: dict[str, str] | None = None) -> int | None:
+    """Ranks that were started on this node, from what torchrun or Slurm set; None where neither says."""
+    env = dict(os.environ) if env is None else env
+    told = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "")
+    match = re.match(r"\d+", told)  # Slurm: 8(x64), or 8,4 where nodes differ
+    return int(match[0]) if match else None
+
+
+def nodes(env: dict[str, str] | None = None) -> int:
+    """Nodes that torchrun started on, or that Slurm has given the step or the job; 1 where neither says."""
+    env = dict(os.environ) if env is None else env
+    told = env.get("GROUP_WORLD_SIZE") or env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or "1"
+    return int(told) if told.isdigit() else 1
+
+
 def master_address(env: dict[str, str] | None = None) -> tuple[str, int]:
     """Host and port where ranks meet; from torchrun, or the first host and the job id under Slurm."""
     env = dict(os.environ) if env is None else env
     host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
     if "MASTER_PORT" in env:
         return host, int(env["MASTER_PORT"])
-    # two jobs that share a host, and a requeued job whose old port lingers, must not meet
-    job, restart = int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0))
-    return host, 20000 + (job * 7 + restart) % 20000
+    return host, port_of_job(int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_RESTART_COUNT", 0)))
+
+
+def port_of_job(job: int, restarts: int) -> int:
+    """Port where a Slurm job's ranks meet; two jobs on one host, or a job and its own last start, must not."""
+    return 20000 + (job * 7 + restarts) % 20000
 
 
 def _first_host(nodelist: str) -> str:
@@ -129,6 +151,7 @@ def init_process_group(process: Process, timeout_s: float, silent_after_s: float
                 if holder or time.monotonic() > deadline:
                     raise
 
+    enter(f"waiting for {process.world_size} ranks")
     try:
         store = connect(process.is_first and not agent, join_s)
         watched = dist.PrefixStore(f"{attempt}/watch", connect(False, silent_after_s))
@@ -139,6 +162,7 @@ def init_process_group(process: Process, timeout_s: float, silent_after_s: float
     _watchdog = Watchdog(watched, process.rank, process.world_size, silent_after_s, 0.9 * timeout_s)
     _all_here(dist.PrefixStore(f"{attempt}/join", store), process, join_s)
     _watchdog.start()
+    enter("making groups")
     group = dist.PrefixStore(f"{attempt}/group", store)
     store.set_timeout(timeout)
     dist.init_process_group(
@@ -218,17 +242,31 @@ def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
     """
     global _watchdog
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ prints a stack for every store that goes away
-    process = this_process()
     try:
-        code = entry(process)
+        process = this_process()
+    except UserError as error:
+        print(f"\nmegalong: {error}\n", file=sys.stderr, flush=True)
+        return error.exit_code
+    try:
+        with live.shown(process.is_first):
+            code = entry(process)
     except UserError as error:
         if _watchdog is not None and _watchdog.started:
             _watchdog.end(str(error), code=error.exit_code)
         if process.rank == getattr(error, "speaker", 0):
-            print(f"\nmegalong: {error}\n", file=sys.stderr, flush=True)
+            said = f"megalong: {as_called(str(error))}"
+            print(f"\n{said}\n", file=sys.stderr, flush=True)
+            last_words(said)
         elif process.launcher == "torchrun":
-            time.sleep(wait_s)
+            # nothing is left to save, and what ends well torchrun does not list beside the rank that speaks
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_OK))
+            time.sleep(wait_s + process.local_rank / 2)  # still here: the mistake is not rank 0's, so it has to be told
+            print(f"\nmegalong: rank {process.rank}: {error}\n", file=sys.stderr, flush=True)
+            last_words(f"megalong: rank {process.rank}: {error}")
         code = error.exit_code
+    except KeyboardInterrupt:  # before signals are noted: nothing has begun
+        console.shout("\nmegalong: Ctrl-C")
+        code = EXIT_INTERRUPTED
     except Exception as error:
         if _watchdog is not None and _watchdog.started:
             _watchdog.crashed(error)
@@ -242,4 +280,5 @@ def run(entry: Callable[[Process], int], wait_s: float = 60.0) -> int:
         if code in (EXIT_OK, EXIT_SAVED_ON_SIGNAL):
             dist.barrier()  # the store lives on rank 0: nobody may still need it
         dist.destroy_process_group()
+    console.settle()
     return code

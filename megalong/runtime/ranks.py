@@ -1,11 +1,13 @@
 """How are several ranks run on one machine without torchrun? A pool of CPU processes, started once and reused.
 
-Starting a process and importing torch and megatron-core takes seconds; a task on a running pool takes
-milliseconds. Every task gets a fresh gloo process group of the size it asks for, so tasks cannot disturb one another.
+Importing torch and megatron-core takes seconds and half a GiB: one process does it, and every rank is a fork of that
+one. A task on a running pool takes milliseconds. Every task gets a fresh gloo process group of the size it asks for, so
+tasks cannot disturb one another.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -15,10 +17,13 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 MAX_RANKS = 8
+# What nearly every task imports, in this order. Nothing of this package: a rank imports that as its parent would.
+PRELOADED = ["torch", "megatron.core.tensor_parallel", "hydra", "transformers.models.llama.modeling_llama"]
 
 
 class RankFailed(RuntimeError):
@@ -34,6 +39,7 @@ def _work(connection: multiprocessing.connection.Connection, threads: int) -> No
 
     console.quiet_libraries()
     device.install()
+    gc.freeze()  # what was imported is never garbage: looking through it after each task would take longer than most
     while True:
         try:
             task = connection.recv()
@@ -64,6 +70,7 @@ def _run_task(
             parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # models and their groups hold one another, and a gloo thread wakes 100 times a second until then
 
 
 def _kill_with_children(process: multiprocessing.process.BaseProcess) -> None:
@@ -79,6 +86,15 @@ def _collateral(failure: str) -> bool:
     """Whether a rank only tells that another one has gone."""
     last = failure.strip().splitlines()[-1].lower()
     return "raised:" in failure and any(word in last for word in ("connection", "gloo", "timed out", "broken pipe"))
+
+
+def warm_processes() -> SpawnContext | ForkServerContext:
+    """Makes processes that begin with torch and megatron-core imported, as forks of one that did it."""
+    if Path("/dev/nvidiactl").exists():  # CUDA does not survive a fork, and an import may have asked for it
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 class RankPool:
@@ -150,7 +166,7 @@ class RankPool:
         raise RankFailed(why)
 
     def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = warm_processes()
         while len(self._workers) < count:
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, self.threads), daemon=False)

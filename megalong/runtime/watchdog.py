@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megalong.runtime.errors import EXIT_CRASHED
+from megalong.runtime.torchrun import last_words
 
 COLLATERAL = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "socket", "broken pipe")
 """Words of errors that a rank gets because another one is gone."""
@@ -35,12 +36,16 @@ class Place:
     phase: str = "starting"
     changes: int = 0
     """Places it has been in: all ranks go through the same ones, so fewer means behind."""
+    part: str = ""
+    """What of the phase: `micro-batch 3 of 16`."""
+    share: float = 0.0
+    """How much of the phase lies before that part, 0 to 1."""
     broken: str = ""
     """Error of a collective that failed on this rank, if any."""
 
     def __str__(self) -> str:
         where = f"step {self.step}" if self.step else "before the first step"
-        return f"on host {self.host}, {where}, {self.phase}"
+        return f"on host {self.host}, {where}, {self.phase}" + (f", {self.part}" if self.part else "")
 
 
 @dataclass
@@ -64,8 +69,20 @@ def enter(phase: str, step: int | None = None) -> None:
         step: optimizer step, counted from 1; None: as before.
     """
     _here.phase, _here.changes = phase, _here.changes + 1
+    _here.part, _here.share = "", 0.0
     if step is not None:
         _here.step = step
+
+
+def part(what: str, number: int, count: int) -> None:
+    """Say which of `count` equal parts of the phase this rank is at, counted from 1. That is no new place: ranks may
+    differ in it."""
+    _here.part, _here.share = f"{what} {number} of {count}", (number - 1) / count
+
+
+def here() -> Place:
+    """What this rank is doing, as it changes."""
+    return _here
 
 
 def judge(heard: Mapping[int, Heard], silent_after_s: float, still_after_s: float, beat_s: float) -> str | None:
@@ -119,6 +136,7 @@ class Watchdog:
         self._beats = 0
         self._lock = threading.Lock()
         self._done = threading.Event()
+        self._going = threading.Lock()
         self._known: dict[int, tuple[int, float, int, float]] = {}  # beats, heard at, changes, changed at
         self._looked = time.monotonic()
         self._first: Place | None = None  # where rank 0 was last
@@ -153,14 +171,19 @@ class Watchdog:
         trace = "".join(traceback.format_exception(error))
         self.end(f"rank {self.rank} {_here} raised {text}", trace)
 
-    def end(self, why: str, detail: str = "", code: int = EXIT_CRASHED) -> None:
-        """Tell every rank to leave with `code`, print once, leave. Does not return."""
+    def end(self, why: str, detail: str = "", code: int = EXIT_CRASHED, lost: bool = False) -> None:
+        """Tell every rank to leave with `code`, print once, leave. Does not return.
+
+        Args:
+            lost: a rank is gone, or stands still, and will not hear of it.
+        """
         self._speak(self._claim(why, code), why, detail)
-        self._leave(code)
+        self._leave(code, beats=4 if lost else 20)
 
     def _speak(self, first: bool, why: str, detail: str = "") -> None:
         if first:
             print(f"\n{detail}megalong: {why}\n", file=sys.stderr, flush=True)
+            last_words(f"megalong: {why}")
 
     def _beat(self) -> None:
         self._beats += 1
@@ -182,7 +205,7 @@ class Watchdog:
                     self._without_store()
                 return
             if why is not None:
-                self.end(why)
+                self.end(why, lost=True)
 
     def _watch_store(self) -> None:
         """A store whose process is stopped never answers, and torch waits for it without end. Beats are counted and
@@ -234,12 +257,14 @@ class Watchdog:
             return self.rank == 0
         return first
 
-    def _leave(self, code: int) -> None:
-        """Exit; rank 0, in whose process the store may live, goes last."""
+    def _leave(self, code: int, beats: int = 4) -> None:
+        """Exit; rank 0, in whose process the store may live, goes last, after at most so many beats."""
+        if not self._going.acquire(blocking=False):
+            threading.Event().wait()  # the other thread of this rank has heard of it too, and is counted
         try:
             with self._lock:
                 self.store.add("gone", 1)
-            until = time.monotonic() + 2 * self.beat_s
+            until = time.monotonic() + beats * self.beat_s  # the others look once a beat, on a busy machine later
             while self.rank == 0 and time.monotonic() < until:
                 with self._lock:
                     if self.store.add("gone", 0) >= self.world_size:

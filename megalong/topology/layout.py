@@ -1,4 +1,4 @@
-"""How do ranks map to (tp, cp, pp, dp) coordinates, and which ranks form each group?
+"""Ranks as (tp, cp, pp, dp) coordinates, and the ranks that form each group.
 
 The order is megatron-core's default `tp-cp-ep-dp-pp` (`megatron/core/parallel_state.py`): tensor parallel
 varies fastest, then context, then data, and pipeline slowest. Pure integers: nothing here needs a process group.
@@ -49,11 +49,6 @@ class Layout:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tp * self.cp * self.pp * self.dp
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that share one replica of the model and one sequence: tp * cp * pp."""
-        return self.tp * self.cp * self.pp
 
     def stride(self, axis: Axis) -> int:
         """Distance in global rank between neighbours along `axis`."""

@@ -1,4 +1,4 @@
-"""How fast is a ring whose hops cross different wires, when all rings of the cluster move at the same time?
+"""The rate of a ring whose hops cross different wires, while all rings of the cluster move.
 
 A hop inside a node has the rate of its wire. Hops that leave a node share its network interfaces: one hop uses at most
 one interface. A ring moves as fast as its slowest hop, because every block of data passes every hop.

@@ -1,4 +1,4 @@
-"""Where does each rank sit: which node, which pair of devices, which leaf switch, and what lies between two ranks?
+"""Where each rank sits: node, pair of devices, leaf switch, and what lies between two ranks.
 
 Ranks fill the cluster's slots in order: slot 0 is the first device of the first node. Slurm's block distribution
 gives rank r slot r; other orders are given as a list. Consecutive slots of a node share a pair, consecutive nodes a

@@ -1,4 +1,4 @@
-"""Which layouts can train a given model at a given window, batch and number of ranks?
+"""The layouts that can train a model at a window, a batch and a number of ranks.
 
 The rules are those of the trainer's parts: megatron's tensor parallelism (heads and widths divide), the zigzag cut of
 a sequence (2 chunks per context rank), sequence parallelism (a local sequence divides by tp when tp > 1), equal
@@ -123,9 +123,24 @@ def _check(layout: Layout, demand: Demand, world_size: int | None) -> None:
     else:
         advice = (
             f"No layout of {ranks} ranks can run this model at this window with {demand.global_batch_size} sequences "
-            "per step: change the number of ranks (a power of two is safe) or train.global_batch_size."
+            "per step" + _other_ranks(layout, demand, ranks)
         )
     raise LayoutError(f"The layout {layout} cannot run: {'; '.join(problems)}.\n{advice}")
+
+
+def _other_ranks(layout: Layout, demand: Demand, ranks: int) -> str:
+    """The nearest numbers of ranks, fewer and more, that have a layout, and their layout nearest to the wish."""
+    found = []
+    for counts in (range(ranks - 1, 0, -1), range(ranks + 1, 2 * ranks + 1)):
+        for count in counts:
+            if near := nearest_layouts(layout, list(valid_layouts(demand, count)), 1):
+                found.append(f"{count} with {as_overrides(near[0])}")
+                break
+    if found:
+        return f". Ranks that can: {'; or '.join(found)}."
+    unit = 2 * layout.cp * layout.tp
+    below = max(unit, demand.seq_length // unit * unit)
+    return f", and no other number can. This layout takes windows of {below} or {below + unit} tokens."
 
 
 def nearest_layouts(layout: Layout, candidates: Sequence[Layout], count: int = 3) -> list[Layout]:

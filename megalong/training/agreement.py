@@ -1,4 +1,4 @@
-"""What do all ranks know together after a step? One small gather: stop, save now, written, and who is slow."""
+"""What all ranks know together after a step, by one small gather: stop, save now, written, and who is slow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 
 from megalong.runtime import device
-
-SLOW = 1.25  # times the median
 
 
 @dataclass(frozen=True)
@@ -50,29 +48,3 @@ def agree(*, stop: bool, save: bool, written: bool, kernel_seconds: float) -> Ag
         written=not any(row[2] for row in rows),
         kernel_seconds=tuple(row[3] for row in rows),
     )
-
-
-class Stragglers:
-    """Says when the same rank has been slow for several steps in a row.
-
-    Args:
-        hosts: of every rank.
-        steps: steps in a row.
-    """
-
-    def __init__(self, hosts: list[str], steps: int = 3) -> None:
-        self.hosts, self.steps = hosts, steps
-        self._rank, self._count = -1, 0
-
-    def look(self, found: Agreement) -> str | None:
-        """A sentence the moment a rank has been slow for long enough."""
-        rank = found.slowest if found.slowest_over_median > SLOW else -1
-        self._count = self._count + 1 if rank == self._rank else 1
-        self._rank = rank
-        if rank < 0 or self._count != self.steps:
-            return None
-        return (
-            f"rank {rank} on host {self.hosts[rank]} is slow: its attention kernels took "
-            f"{found.slowest_over_median:.2f} times the median of all ranks in {self.steps} steps running, and every "
-            "rank waits for it. Check its clocks, temperature and neighbours, or leave the node out."
-        )

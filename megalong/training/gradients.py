@@ -1,4 +1,4 @@
-"""What is the gradient of every parameter under its Hugging Face name, whatever the layout?
+"""The gradient of every parameter under its Hugging Face name, whatever the layout.
 
 After a backward pass each data- and context-parallel rank holds the reduced gradient of its own shard only, cut once
 more by tensor and pipeline parallelism. This puts them together, for proofs that a layout computes what one rank does.
@@ -12,19 +12,20 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megalong.checkpoint.hf import entry_of_parameter, merge_shards, to_hf
-from megalong.config.schema import Config
+from megalong.convert.parameters import entry_of_parameter
+from megalong.convert.table import merge_shards, to_hf
+from megalong.run import Run
 
 
-def full_gradients(config: Config, model: list[DistributedDataParallel]) -> dict[str, Tensor]:
+def full_gradients(run: Run, model: list[DistributedDataParallel]) -> dict[str, Tensor]:
     """Whole gradients [HF shapes] fp32 on the CPU, by Hugging Face name; every rank calls this.
 
     Returns:
         all of them on rank 0, an empty dict elsewhere.
     """
     _gather_shards(model)
-    topology, llama = config.topology, config.model
-    per_stage = llama.num_hidden_layers // (topology.pp or 1)
+    llama = run.model
+    per_stage = llama.num_hidden_layers // run.layout.pp
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * per_stage
     tp_group = parallel_state.get_tensor_model_parallel_group()
     found: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Where do a run's numbers go? metrics.jsonl, TensorBoard and one console line per step, all from rank 0.
+"""A run's numbers go to metrics.jsonl, TensorBoard and one console line per step, all from rank 0.
 
 Throughput is tokens per second per device over whole steps, data loading included. MFU counts model FLOPs
 (causal half of attention, no recompute), HFU what is executed; both are shares of the cluster's dense bf16 peak.
@@ -6,71 +6,73 @@ Throughput is tokens per second per device over whole steps, data loading includ
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from megalong.config.schema import Config
-from megalong.planning.flops import hardware_flops_per_step, model_flops_per_step
-from megalong.recipe.layout import layout_of
+from megalong.evaluation.results import StageEvaluation
+from megalong.planning.plan import utilisation
+from megalong.planning.workload import workload_of
+from megalong.run import Run
 from megalong.runtime import device
-from megalong.runtime.console import say
+from megalong.runtime.console import say, warn
 from megalong.runtime.files import write_text
-
-METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Utilisation:
-    """Throughput of one step."""
-
-    tokens_per_second_per_gpu: float
-    mfu: float
-    hfu: float
-
-
-def utilisation(config: Config, seconds: float) -> Utilisation:
-    """Throughput and utilisation of a step that took `seconds`."""
-    batch = config.train.global_batch_size or 1
-    ranks = layout_of(config).world_size
-    peak = config.cluster.peak_flops(config.precision) * ranks * seconds
-    seq = config.stage.seq_length
-    return Utilisation(
-        batch * seq / seconds / ranks,
-        model_flops_per_step(config.model, seq, batch) / peak,
-        hardware_flops_per_step(config.model, seq, batch, config.train.recompute) / peak,
-    )
+from megalong.runtime.json_file import parse
+from megalong.runtime.live import clock
+from megalong.training.board import Board
+from megalong.training.phases import shares
+from megalong.training.records import METRICS, JsonLines
+from megalong.training.steps import Done
 
 
 class Metrics:
     """Writes one record per step; on other ranks than 0 it does nothing.
 
     Args:
-        run_dir: receives metrics.jsonl and tensorboard/.
+        run: its run_dir receives metrics.jsonl and tensorboard/.
         step: steps already done; later lines of an earlier attempt are dropped, so every step stands there once.
+        tokens: read by this stage so far.
+        tokens_before: read by the stages before it.
     """
 
-    def __init__(self, run_dir: Path, config: Config, step: int, first: bool) -> None:
-        self.config = config
-        self.total = config.train.steps or 0
-        self._file = self._board = None
+    def __init__(self, run: Run, step: int, first: bool, tokens: int = 0, tokens_before: int = 0) -> None:
+        self.work, self.cluster, self.total = workload_of(run), run.config.cluster, run.steps
+        self.tokens_before = tokens_before
+        self._run = run
+        self._file: JsonLines | None = None
+        self._board: Board | None = None
         self._started, self._begun_at = time.monotonic(), step
         if first:
-            path = run_dir / METRICS
-            _keep_steps(path, step)
-            self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            path = run.run_dir / METRICS
+            try:
+                _keep_steps(path, step)
+            except OSError as error:
+                warn(f"{path} cannot be rewritten ({error.strerror or error}): steps done again stand there twice.")
+            self._file = JsonLines(path)
+            self._board = Board(run, step, tokens_before + tokens)
+            self._board.flush()
 
-    def step(self, record: dict[str, Any], seconds: float) -> None:
-        """Record one finished step: a dict with at least step, loss, grad_norm, lr, tokens."""
-        use = utilisation(self.config, seconds)
-        memory = device.peak_memory_bytes()
-        record = {
-            **record,
+    def step(self, done: Done, *, tokens: int, skipped: int) -> None:
+        """Record one finished step, and write whatever else was added for it.
+
+        Args:
+            tokens: read since the start of the stage.
+            skipped: steps left out since then.
+        """
+        use = utilisation(self.work, self.cluster, done.seconds, done.window)
+        memory, result, step, seconds = device.peak_memory_bytes(), done.result, done.step, done.seconds
+        record: dict[str, Any] = {
+            "step": step,
+            "window": done.window,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": tokens,
+            "valid_tokens": result.valid_tokens,
+            "skipped_steps": skipped,
+            **done.traffic,
+            "phase_seconds": done.phases,
             "tokens_per_second_per_gpu": use.tokens_per_second_per_gpu,
             "mfu": use.mfu,
             "hfu": use.hfu,
@@ -79,28 +81,63 @@ class Metrics:
         }
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        step = record["step"]
+        self._file.write(record)
         for name in ("loss", "grad_norm", "lr", "tokens_per_second_per_gpu", "mfu", "hfu", "seconds"):
-            self._board.add_scalar(f"train/{name}", record[name], step)
-        self._board.add_scalar("train/peak_memory_GiB", memory / 2**30, step)
+            self._board.add(f"train/{name}", record[name], step)
+        self._board.add("train/peak_memory_GiB", memory / 2**30, step)
+        for name, part in done.phases.items():
+            self._board.add(f"phases/{name}", part, step)
+        self._board.add("train/window", done.window, step)
+        if self.work.shorter:
+            self._board.add(f"train/loss_window_{done.window}", result.loss, step)
+        along = {name: record[name] for name in ("loss", "grad_norm", "lr")}
+        self._board.add_by_tokens(along, self.tokens_before + tokens)
         self._board.flush()
-        done = step - self._begun_at
-        left = (time.monotonic() - self._started) / done * (self.total - step) if done else 0.0
+        steps = step - self._begun_at
+        left = (time.monotonic() - self._started) / steps * (self.total - step) if steps else 0.0
         say(
-            f"step {step:>{len(str(self.total))}}/{self.total} | loss {record['loss']:.4f} | "
-            f"grad norm {record['grad_norm']:.3f} | lr {record['lr']:.2e} | "
+            f"step {step:>{len(str(self.total))}}/{self.total} | loss {result.loss:.4f} | "
+            f"grad norm {result.grad_norm:.3f} | lr {result.lr:.2e} | "
             f"{use.tokens_per_second_per_gpu:,.0f} tokens/s/GPU | MFU {use.mfu:.1%} HFU {use.hfu:.1%} | "
-            f"{seconds:.2f} s | ETA {_clock(left)}"
+            f"{seconds:.2f} s: {shares(done.phases)} | ETA {clock(left)}"
+            + (f" | {done.window:,} tokens" if done.window != self._run.seq_length else "")
         )
 
-    def scalars(self, prefix: str, values: dict[str, float], step: int) -> None:
-        """TensorBoard scalars that do not belong to a training step (evaluation, checkpoints)."""
+    def scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
+        """TensorBoard scalars beside those of a training step; `flush`, or the next step, writes them."""
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{prefix}/{name}", value, step)
+                self._board.add(f"{prefix}/{name}", value, step)
+
+    def evaluated(self, found: StageEvaluation, step: int, tokens: int) -> None:
+        """Record an evaluation, the newest of `found`.
+
+        Args:
+            tokens: read since the start of the stage.
+        """
+        if self._board is None:
+            return
+        when, curve = ("before", found.before) if found.after is None else ("after", found.after)
+        if curve.last_quarter is not None:
+            self._board.add(f"evaluation_{when}/last_quarter_loss", curve.last_quarter, step)
+            self._board.add_by_tokens({"held_out_last_quarter": curve.last_quarter}, self.tokens_before + tokens)
+        for window in found.shorter:
+            shorter = window.before if window.after is None else window.after
+            if shorter.last_quarter is not None:
+                tag = f"evaluation_{when}/last_quarter_loss_window_{window.seq_length}"
+                self._board.add(tag, shorter.last_quarter, step)
+        self._board.add_evaluation(self._run, found, step)
+        self._board.flush()
+
+    def flush(self) -> None:
+        """Write what was added."""
+        if self._board is not None:
             self._board.flush()
+
+    def finished(self, step: int) -> None:
+        """Note that the stage was trained to its end."""
+        if self._board is not None:
+            self._board.finished(step)
 
     def close(self) -> None:
         """Finish the files."""
@@ -110,17 +147,28 @@ class Metrics:
 
 
 def _keep_steps(path: Path, last: int) -> None:
-    if path.is_file():
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= last:
-                    lines.append(line)
-            except (ValueError, KeyError):
-                break  # a line cut by a kill: everything after it belongs to steps that are done again
-        write_text(path, "".join(line + "\n" for line in lines))
+    """Leave one line per step up to `last`, as it is; what is no record of a step goes, whatever stands after it."""
+    if not path.is_file():
+        return
+    kept: dict[int, str] = {}
+    lines = path.read_bytes().splitlines()
+    strange = []
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        if step is None:
+            strange.append(number)
+        elif step <= last:
+            kept.pop(step, None)  # the later attempt's is the one that counts
+            kept[step] = line.decode("utf-8")
+    if strange and strange != [len(lines)]:  # a last line that a kill cut short is nothing strange
+        warn(f"{path}: line {strange[0]} and {len(strange) - 1} more are no records of steps; they are left out.")
+    write_text(path, "".join(line + "\n" for line in kept.values()))
 
 
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds + 0.5), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+def _step_of(line: bytes) -> int | None:
+    try:
+        record = parse(line, allow_nan=True)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int and step >= 0 else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalong.config.schema import Config
-from megalong.recipe.compose import from_yaml
+from megalong.recipe.saved import saved_config
 from megalong.runtime.errors import ConfigError
 
 MEANING = (
@@ -33,11 +33,22 @@ def check_same_run(config: Config, folder: Path) -> list[str]:
         what is different, `key before -> now`.
 
     Raises:
+        CheckpointError: the checkpoint's config.yaml is damaged.
         ConfigError: a setting of `MEANING` is different and not in `checkpoint.allow_changed`.
     """
-    before = _flat(asdict(from_yaml((folder / "config.yaml").read_text(encoding="utf-8"))))
+    before = _flat(asdict(saved_config(folder)))
     now = _flat(asdict(config))
-    silent = ("checkpoint.", "train.stop_after", "run_dir", "init_from", "cluster.", "stage.", "scale.")
+    silent = (
+        "checkpoint.",
+        "train.stop_after",
+        "train.profile",
+        "run_dir",
+        "init_from",
+        "cluster.",
+        "stage.",
+        "scale.",
+        "searchpath",
+    )
     if config.data.path is None:  # the built-in corpus is filled in later
         before["data.path"] = None
     changed = {k: f"{k} {before.get(k)} -> {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)}

@@ -5,35 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 
 from megalong.checkpoint import pointer
-from megalong.checkpoint.saving import Record, Saving
-from megalong.config.schema import Config
+from megalong.checkpoint.save import Contents, Saving
+from megalong.run import Run
 from megalong.runtime import device
 from megalong.runtime.console import say, warn
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.watchdog import enter
 from megalong.training.metrics import Metrics
+from megalong.training.state import State
 
 
 class Saver:
     """Writes checkpoints of one run and removes the oldest; at most one is under way.
 
     Args:
-        root: `run_dir/checkpoints`.
         checkpoint_bytes: what one takes, at most.
+        saved_step: the step that the run resumes from; 0: none is saved.
     """
 
-    def __init__(self, root: Path, config: Config, checkpoint_bytes: int) -> None:
-        self.root, self.settings, self.checkpoint_bytes = root, config.checkpoint, checkpoint_bytes
-        self.stage_end = pointer.folder_of(root, config.train.steps or 0)
+    def __init__(self, run: Run, checkpoint_bytes: int, saved_step: int = 0) -> None:
+        self.root, self.settings = run.run_dir / "checkpoints", run.config.checkpoint
+        self.checkpoint_bytes = checkpoint_bytes
+        self.stage_end = pointer.folder_of(self.root, run.steps)
         self.first = dist.get_rank() == 0
-        self.saved_step = -1
+        self.saved_step = saved_step
         wish = self.settings.asynchronous
         self.beside = device.on_cuda() if wish is None else wish
         self._saving: Saving | None = None
@@ -54,14 +53,12 @@ class Saver:
 
     def save(
         self,
-        step: int,
-        model: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        record: Record,
+        state: State,
+        record: Contents,
         metrics: Metrics,
         final: bool = False,
     ) -> None:
-        """Write a checkpoint of `step`, unless that has been done; every rank calls this.
+        """Write a checkpoint of the state, unless that has been done; every rank calls this.
 
         Args:
             final: the last of this process: it is whole when this returns. Any other that cannot be written (a full
@@ -71,14 +68,20 @@ class Saver:
             CheckpointError: the final one cannot be written.
         """
         self.commit(metrics, final)
-        if self.saved_step == step:
+        if self.saved_step == state.step:
             return
         enter("saving")
         self._last = time.monotonic()
         beside = self.beside and not final
         with self._tolerated(final):
             self._saving = Saving(
-                self.root, step, model, optimizer, record, expected_bytes=self.checkpoint_bytes, beside=beside
+                self.root,
+                state.step,
+                state.model,
+                state.optimizer,
+                record,
+                expected_bytes=self.checkpoint_bytes,
+                beside=beside,
             )
         self._blocked = time.monotonic() - self._last
         if not beside:
@@ -103,6 +106,7 @@ class Saver:
                     "GiB": size / 2**30,
                 }
                 metrics.scalars("checkpoint", found, saving.step)
+                metrics.flush()
                 waited = f", training waited {found['blocked_seconds']:.1f} s" if saving.beside else ""
                 say(f"saved {saving.target}: {size / 2**20:,.1f} MiB in {found['seconds']:.1f} s{waited}")
 

@@ -1,7 +1,7 @@
-"""Where do the weights and the data of a run come from? Decided and checked before any process group exists.
+"""Where the weights of a run come from, decided and checked before any process group exists.
 
 A run resumes from its own newest checkpoint when there is one; otherwise it starts from `init_from`; at mini scale
-random weights and a small corpus of real text stand in for what is missing, and the run says so.
+random weights stand in for what is missing, and the run says so.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from megalong.checkpoint import pointer
-from megalong.checkpoint.info import read_info
-from megalong.config.schema import Config, ModelConfig
-from megalong.data.builtin import builtin_corpus
-from megalong.data.dataset import SequenceDataset, open_dataset
-from megalong.model.llama import model_from_hf, read_hf_config
-from megalong.recipe.compose import from_yaml
-from megalong.recipe.stages import predecessor_point
+from megalong.checkpoint.committed import COMMIT_MARK
+from megalong.checkpoint.info import HF_FILES, read_info
+from megalong.config.schema import ModelConfig
+from megalong.convert.hf_folder import read_config
+from megalong.model.llama import model_from_hf
+from megalong.recipe.saved import saved_config
 from megalong.rope.theta import RotaryPoint, check_follows
+from megalong.run import Run
 from megalong.runtime.errors import CheckpointError, ConfigError
 from megalong.runtime.files import PARTIAL
 from megalong.training.same_run import check_same_run
 
-CACHE = Path.home() / ".cache" / "megalong"
 SHAPE = (
     "vocab_size",
     "hidden_size",
@@ -36,24 +35,68 @@ SHAPE = (
     "tie_word_embeddings",
     "attention_bias",
     "mlp_bias",
-    "rope_scaling",
 )
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins with."""
+class Random:
+    """No weights; allowed at mini scale."""
 
-    kind: str
-    """resume, megatron, hf or random."""
-    path: Path | None
     text: str
     """How the run tells it."""
     hf_config: dict[str, Any] | None = None
+    carried: Path | None = None
+
+
+@dataclass(frozen=True)
+class FromHuggingFace:
+    """Weights of a Hugging Face folder."""
+
+    path: Path
+    hf_config: dict[str, Any]
     """config.json that the weights came with; what the model does not define is carried to the export."""
 
+    @property
+    def text(self) -> str:
+        """How the run tells it."""
+        return f"weights from {self.path}"
 
-def plan_start(config: Config) -> Start:
+    @property
+    def carried(self) -> Path:
+        """Folder with the tokenizer and the other files that travel along to the export."""
+        return self.path
+
+
+@dataclass(frozen=True)
+class FromMegatron(FromHuggingFace):
+    """Weights, and where it has them their fp32 masters, of a Megatron checkpoint."""
+
+    tokens_before: int = 0
+    """Tokens that the stages before this one read."""
+
+    @property
+    def carried(self) -> Path:
+        """Folder with the tokenizer and the other files that travel along to the export."""
+        return self.path / HF_FILES
+
+
+@dataclass(frozen=True)
+class Resumed(FromMegatron):
+    """A checkpoint of this run itself, with its optimizer and its place in the data."""
+
+    changed: tuple[str, ...] = ()
+    """Settings that are others than before, one line each."""
+
+    @property
+    def text(self) -> str:
+        """How the run tells it."""
+        return f"resuming from {self.path}" + "".join(f"\n  changed: {line}" for line in self.changed)
+
+
+Start = Random | FromHuggingFace | FromMegatron | Resumed
+
+
+def plan_start(run: Run) -> Start:
     """Decide where weights come from and check that they may.
 
     Raises:
@@ -61,13 +104,12 @@ def plan_start(config: Config) -> Start:
         CheckpointError: what `init_from` names is missing, half-written or of another model.
         ThetaError: its theta or window is not the predecessor's.
     """
-    assert config.run_dir is not None
-    root = Path(config.run_dir) / "checkpoints"
+    config, root = run.config, run.run_dir / "checkpoints"
     found = pointer.newest(root)
     if found is not None and config.checkpoint.resume:
-        changed = check_same_run(config, found)
-        text = f"resuming from {found}" + "".join(f"\n  changed: {line}" for line in changed)
-        return Start("resume", found, text, read_info(found).hf_config)
+        changed = tuple(check_same_run(config, found))
+        info = read_info(found)
+        return Resumed(found, info.hf_config, info.tokens_before, changed)
     if found is not None:
         raise ConfigError(
             f"checkpoint.resume=false, but {root} already holds {found.name}. Choose another run_dir, or resume."
@@ -78,21 +120,25 @@ def plan_start(config: Config) -> Start:
             "Restore one, or choose another run_dir."
         )
     if config.init_from is None:
-        return _without_init(config)
+        return _without_init(run)
     path = Path(config.init_from)
     if not path.is_dir():
-        raise CheckpointError(f"init_from={path}: there is no such folder. {_wants(config)}")
-    if (path / "config.json").is_file() and not (path / pointer.COMMIT_MARK).is_file():
-        kind, hf_config = "hf", read_hf_config(path)
+        raise CheckpointError(f"init_from={path}: there is no such folder. {_wants(run)}")
+    if (path / "config.json").is_file() and not (path / COMMIT_MARK).is_file():
+        start = FromHuggingFace(path, read_config(path))
     else:
-        path = _finished(pointer.resolve(path), path)
-        kind, hf_config = "megatron", read_info(path).hf_config
+        try:
+            found = pointer.resolve(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"init_from={path}: {error} {_wants(run)}") from error
+        path = _finished(found, path)
+        info = read_info(path)
+        start = FromMegatron(path, info.hf_config, info.tokens)
     where = f"init_from={path}"
-    model = model_from_hf(hf_config, where)
-    _check_model(config, model, where)
-    expected = predecessor_point(config.stage, config.model, config.scale)
-    check_follows(RotaryPoint(model.rope_theta, model.max_position_embeddings), expected, where)
-    return Start(kind, path, f"weights from {path}", hf_config)
+    model = model_from_hf(start.hf_config, where)
+    _check_model(run, model, where)
+    check_follows(RotaryPoint(model.rope_theta, model.max_position_embeddings), run.before, where)
+    return start
 
 
 def _finished(folder: Path, given: Path) -> Path:
@@ -105,7 +151,7 @@ def _finished(folder: Path, given: Path) -> Path:
     config = folder / "config.yaml"
     if folder == given or not config.is_file() or pointer.step_of(folder) is None:
         return folder
-    steps = from_yaml(config.read_text(encoding="utf-8")).train.steps
+    steps = saved_config(folder).train.steps
     if steps is not None and info.step < steps:
         raise CheckpointError(
             f"init_from={given}: its stage {info.stage} has only come to step {info.step} of {steps}. Let it finish, "
@@ -114,17 +160,16 @@ def _finished(folder: Path, given: Path) -> Path:
     return folder
 
 
-def _without_init(config: Config) -> Start:
+def _without_init(run: Run) -> Random:
+    config = run.config
     if config.scale.name == "full":
-        raise ConfigError(f"init_from is missing. {_wants(config)}")
-    return Start(
-        "random", None, f"no init_from: random weights (seed {config.seed}), as scale={config.scale.name} allows"
-    )
+        raise ConfigError(f"init_from is missing. {_wants(run)}")
+    return Random(f"no init_from: random weights (seed {config.seed}), as scale={config.scale.name} allows")
 
 
-def _wants(config: Config) -> str:
-    stage, point = config.stage, predecessor_point(config.stage, config.model, config.scale)
-    what = f"window {point.window:,}, theta {point.theta:,.0f}"
+def _wants(run: Run) -> str:
+    stage = run.config.stage
+    what = f"window {run.before.window:,}, theta {run.before.theta:,.0f}"
     if stage.predecessor is None:
         return (
             f"Stage {stage.name} starts from the Hugging Face base ({what}): give init_from=<its folder>, with "
@@ -136,42 +181,17 @@ def _wants(config: Config) -> str:
     )
 
 
-def _check_model(config: Config, found: ModelConfig, where: str) -> None:
+def _check_model(run: Run, found: ModelConfig, where: str) -> None:
+    wanted = run.model
     differences = [
-        f"{name} {getattr(found, name)} (configured {getattr(config.model, name)})"
+        f"{name} {getattr(found, name)} (configured {getattr(wanted, name)})"
         for name in SHAPE
-        if getattr(found, name) != getattr(config.model, name)
+        if getattr(found, name) != getattr(wanted, name)
     ]
+    if found.rope_scaling != run.rope_scaling_before:
+        differences.append(f"rope_scaling {found.rope_scaling} (configured {run.rope_scaling_before})")
     if differences:
         raise CheckpointError(
-            f"{where} is another model than model={config.model.name}: {', '.join(differences)}. "
+            f"{where} is another model than model={wanted.name}: {', '.join(differences)}. "
             "Choose another model=..., or override these fields (model.<field>=...)."
         )
-
-
-def plan_data(config: Config, announce: list[str]) -> tuple[SequenceDataset, SequenceDataset | None]:
-    """Open the training and the held-out sequences.
-
-    Args:
-        announce: receives what the user should know.
-
-    Raises:
-        ConfigError: a real stage without `data.path`.
-        DataError: the folder is missing, damaged, or cut for another window.
-    """
-    if config.data.path is None:
-        if config.scale.name == "full":
-            raise ConfigError(
-                f"data.path is missing. Stage {config.stage.name} needs sequences of {config.stage.seq_length:,} "
-                "tokens: make them with `python tools/prepare_data.py`, then give data.path=<its folder>."
-            )
-        config.data.path = str(builtin_corpus(CACHE, config.stage.seq_length, config.model.vocab_size))
-        announce.append(f"no data.path: Python sources of this machine, in {config.data.path}")
-
-    def opened(split: str, at_least: int) -> SequenceDataset:
-        length, vocabulary = config.stage.seq_length, config.model.vocab_size
-        assert config.data.path is not None
-        return open_dataset(config.data.path, split, seq_length=length, vocab_size=vocabulary, min_sequences=at_least)
-
-    train = opened("train", config.train.global_batch_size or 1)
-    return train, opened("eval", config.data.eval_sequences) if config.data.eval_sequences else None

@@ -12,8 +12,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 
 from megalong.attention import canary
+from megalong.attention.canary import INPUTS
 from megalong.attention.core import CoreAttention
 from megalong.attention.exchange import Exchange, Pending, Ring
+from megalong.attention.kernels import CpuFlash
 from megalong.config.schema import AttentionConfig
 from megalong.runtime.errors import CanaryError
 from megalong.runtime.ranks import RankPool
@@ -45,6 +47,10 @@ def verdict(attention: AttentionConfig, kv_heads: int = 4, fault: str = "", dtyp
         cp_rank = {1: 2, 2: 1}.get(cp_rank, cp_rank)  # the data's numbers, not the group's
     elif fault == "boundaries ignored":
         plant(CoreAttention, "_documents", lambda self, starts: None)
+    elif fault.endswith(" zero"):
+        plant(CpuFlash, "backward", without_gradient(INPUTS.index(fault.removesuffix(" zero"))))
+    elif fault.endswith(" of another rank lost"):
+        plant(Ring, "shift", forgetful_shift(["keys", "values"].index(fault.split()[0])))
     elif fault == "same data twice":
         cp_rank = 0
     try:
@@ -65,6 +71,28 @@ def keep_own(self: Ring, *moves: Any) -> Pending:
 
 def repeat_own(self: Exchange, parts: Any) -> Any:
     return [x.repeat(self.size, *[1] * (x.dim() - 1)) for x in parts], Pending(())
+
+
+def without_gradient(which: int) -> Callable[..., Any]:
+    right = CpuFlash.backward
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return tuple(g.zero_() if i == which else g for i, g in enumerate(right(*args, **kwargs)))
+
+    return wrong
+
+
+def forgetful_shift(which: int) -> Callable[..., Any]:
+    """Gradients on their way to another rank arrive without those of the keys, or of the values."""
+    right = Ring.shift
+
+    def wrong(self: Ring, *moves: Any) -> Pending:
+        for kind, mine, _ in moves:
+            if kind == "ring_dkv":
+                mine[which].zero_()
+        return right(self, *moves)
+
+    return wrong
 
 
 @pytest.mark.parametrize("documents", ["none", "intra"])
@@ -108,6 +136,20 @@ def test_ignored_boundaries_are_found(ranks: RankPool) -> None:
     for size in (1, 4):
         said = ranks.run(verdict, size, AttentionConfig(document_mask="intra"), fault="boundaries ignored")
         assert "tokens of rank 0 cross a document boundary" in said[0]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("which", INPUTS)
+def test_a_kernel_without_one_of_its_gradients_is_found(ranks: RankPool, which: str, size: int) -> None:
+    said = ranks.run(verdict, size, AttentionConfig(), fault=f"{which} zero")
+    assert f"gradients of outputs on rank 0 do not reach the {which} of ranks 0" in said[0]
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_gradients_that_do_not_come_home_from_other_ranks_are_found(ranks: RankPool, which: str) -> None:
+    said = ranks.run(verdict, 4, AttentionConfig(), fault=f"{which} of another rank lost")
+    assert f"gradients of outputs on rank 1 do not reach the {which} of ranks 0" in said[0]
+    assert len(said[0].splitlines()) == 1 + 4, said[0]
 
 
 def test_ranks_with_the_same_data_are_found(ranks: RankPool) -> None:

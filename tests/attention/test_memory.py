@@ -18,11 +18,11 @@ class Shapes:
     name = "shapes"
     varlen = False
 
-    def forward(self, q, k, v, causal, cuts=None):  # type: ignore[no-untyped-def]
+    def forward(self, q, k, v, causal, cu_seqlens=None):  # type: ignore[no-untyped-def]
         return torch.zeros_like(q), torch.zeros(q.shape[:-1])
 
-    def backward(self, dout, q, k, v, out, lse, causal, cuts=None):  # type: ignore[no-untyped-def]
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    def backward(self, dout, attended, causal, cu_seqlens=None):  # type: ignore[no-untyped-def]
+        return tuple(torch.zeros_like(x) for x in attended[:3])
 
 
 def peaks(
@@ -89,3 +89,15 @@ def test_peak_with_the_real_kernel_at_64k_tokens_is_bounded_whatever_the_ring(ra
     (forward_32k, backward_32k), (forward_64k, backward_64k) = by_size
     assert forward_64k <= 1.01 * forward_32k
     assert backward_64k <= 1.01 * backward_32k
+
+
+def test_a_deterministic_flash_backward_holds_a_dq_for_each_of_its_copies() -> None:
+    """L40S: 142 multiprocessors, 16 heads: 9 copies of an fp32 dQ of 32,768 rows, 2.4 GB."""
+    shard = traffic.Shard(tokens=32_768, heads=16, kv_heads=4, head_dim=128)
+    once, nine = memory.flash_scratch(shard, 32_768), memory.flash_scratch(shard, 32_768, copies=9)
+    one_dq = 4 * (32_768 + 128) * 16 * 128
+    assert nine - once == 8 * one_dq
+    assert 9 * one_dq == 2_425_356_288
+    # gathered keys are longer than the rows, and dK and dV of every query head with them
+    assert memory.flash_scratch(shard, 16 * 32_768) - once == 2 * 15 * 32_768 * 16 * 128 * 2
+    assert memory.flash_scratch(shard, 32_768, documents=17) - once == 16 * 128 * 16 * 128 * 4

@@ -120,10 +120,10 @@ def test_a_run_of_documents_is_one_call_where_the_kernel_can(problem: tuple[int,
     together = calls(whole, Reference(1.0))
     causal = [c for c in together if c.tile.causal]
     assert len(causal) == 1
-    run, cuts = causal[0]
+    run, cu_seqlens = causal[0]
     squares = [t for t in whole if t.causal]
     if len(squares) == 1:
-        assert cuts is None
+        assert cu_seqlens is None
     else:
-        assert cuts is not None
-        assert [(a, b) for a, b in pairwise(cuts)] == [(t.q0 - run.q0, t.q1 - run.q0) for t in squares]
+        assert cu_seqlens is not None
+        assert [(a, b) for a, b in pairwise(cu_seqlens)] == [(t.q0 - run.q0, t.q1 - run.q0) for t in squares]

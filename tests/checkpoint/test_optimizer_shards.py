@@ -8,32 +8,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalong.checkpoint.optimizer_shards import owner_of, pieces_of
+from megalong.checkpoint.optimizer_shards import owner_of, shards_of
 from megalong.runtime.ranks import RankPool
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 100), st.data())
-def test_pieces_cover_a_parameter_once_and_lie_in_their_shards(
-    ranks: int, shard: int, offset: int, data: st.DataObject
+def test_shards_cover_a_parameter_once_and_lie_within_their_ranks(
+    ranks: int, width: int, offset: int, data: st.DataObject
 ) -> None:
-    numel = ranks * shard
+    numel = ranks * width
     start = data.draw(st.integers(0, numel - 1))
     end = data.draw(st.integers(start + 1, numel))
-    pieces = pieces_of(offset + start, offset + end, offset, numel, ranks)
-    assert pieces[0].start == 0
-    assert pieces[-1].end == end - start
-    assert all(a.end == b.start and a.rank < b.rank for a, b in pairwise(pieces))
-    for piece in pieces:
-        assert piece.rank * shard <= start + piece.start < start + piece.end <= (piece.rank + 1) * shard
-    largest = max(p.end - p.start for p in pieces)
-    assert next(p.rank for p in pieces if p.end - p.start == largest) == owner_of(pieces)
+    found = shards_of(offset + start, offset + end, offset, numel, ranks)
+    assert found[0].start == 0
+    assert found[-1].end == end - start
+    assert all(a.end == b.start and a.rank < b.rank for a, b in pairwise(found))
+    for shard in found:
+        assert shard.rank * width <= start + shard.start < start + shard.end <= (shard.rank + 1) * width
+    largest = max(p.end - p.start for p in found)
+    assert next(p.rank for p in found if p.end - p.start == largest) == owner_of(found)
 
 
 def collect_and_hand_out(run_dir: str, bucket_size: int | None) -> tuple[int, int, float]:
     """Buckets, elements owned, and the largest error after a way there and back."""
     import megalong.model.gpt as gpt
     from megalong.checkpoint import optimizer_shards as shards
-    from megalong.checkpoint.store import make_moments
+    from megalong.checkpoint.load import make_moments
     from tests.training.runs import stage_run
 
     settings = gpt.DistributedDataParallelConfig
@@ -48,16 +48,16 @@ def collect_and_hand_out(run_dir: str, bucket_size: int | None) -> tuple[int, in
         stage = stage_run(run_dir, "topology.cp=2", "topology.dp=2")
     finally:
         gpt.DistributedDataParallelConfig = settings  # type: ignore[misc]
-    make_moments(stage.optimizer)
-    part = shards.part_of(stage.optimizer)
+    make_moments(stage.state.optimizer)
+    part = shards.part_of(stage.state.optimizer)
     rank = part.data_parallel_group.rank()
     before = {}
     for number, spread in enumerate(shards.spreads(part)):
         for key, tensor in shards._mine(part, spread, rank).items():
-            piece = spread.of(rank)
-            assert piece is not None
+            shard = spread.of(rank)
+            assert shard is not None
             # a value that says which element of which parameter this is
-            values = torch.arange(piece.start, piece.end, dtype=torch.float64)
+            values = torch.arange(shard.start, shard.end, dtype=torch.float64)
             tensor.copy_((number * 1e6 + shards.KEYS.index(key) * 1e5 + values % 1e5).float())
             before[number, key] = tensor.clone()
     whole = shards._collect(part)

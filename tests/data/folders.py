@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from megalong.data.builder import Document, build
-from megalong.data.manifest import Manifest, TokenizerInfo
+from megalong.data.manifest import MANIFEST_NAME, Manifest, OtherWindow, TokenizerInfo, read_manifest
+from megalong.runtime.files import sha256_of
 
 EOS = 0
 VOCAB = 1000
@@ -33,3 +35,30 @@ def make_folder(
     return build(
         documents, out, tokenizer=COUNTING, seq_length=seq_length, source="counting", file_elements=file_elements
     )
+
+
+def make_mixed_folder(out: Path, windows: dict[int, tuple[int, int]], steps: dict[int, int]) -> Manifest:
+    """A data folder of several windows, the longest first, of one sequence each document.
+
+    Args:
+        windows: window -> (train, held-out) sequences.
+        steps: window -> steps of a round.
+    """
+    (longest, *shorter) = sorted(windows, reverse=True)
+    make_folder(out, *_documents(longest, *windows[longest]))
+    for window in shorter:
+        make_folder(out / f"window-{window}", *_documents(window, *windows[window]))
+    return alternate(out, steps)
+
+
+def alternate(out: Path, steps: dict[int, int]) -> Manifest:
+    """Make a data folder, with others in it that are called `window-N`, one of several windows."""
+    (longest, *shorter) = sorted(steps, reverse=True)
+    others = [OtherWindow(f"window-{w}", w, steps[w], sha256_of(out / f"window-{w}" / MANIFEST_NAME)) for w in shorter]
+    manifest = replace(read_manifest(out), steps=steps[longest], others=tuple(others))
+    manifest.write(out)
+    return manifest
+
+
+def _documents(window: int, train: int, held_out: int) -> tuple[list[int], int, list[int]]:
+    return [window + 1] * train, window, [window + 1] * held_out

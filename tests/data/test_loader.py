@@ -13,6 +13,7 @@ from megalong.data.cursor import Cursor
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import MicroBatch, evaluation_batches, training_batches
 from megalong.data.order import epoch_order
+from megalong.data.windows import Part, Windows
 from megalong.runtime.errors import ConfigError, DataError
 from tests.data.folders import make_folder
 
@@ -34,7 +35,14 @@ def step(dataset, cursor, *, batch, cp, dp, mask="none") -> list[MicroBatch]:
         shards = []
         for c in range(cp):
             reader = training_batches(
-                dataset, cursor=cursor, seed=7, dp_rank=d, dp_size=dp, cp_rank=c, cp_size=cp, document_mask=mask
+                Windows.of(dataset),
+                cursor=cursor,
+                seed=7,
+                dp_rank=d,
+                dp_size=dp,
+                cp_rank=c,
+                cp_size=cp,
+                document_mask=mask,
             )
             shards.append(list(islice(reader, batch // dp)))
         by_dp.append(shards)
@@ -62,7 +70,7 @@ def same(a: MicroBatch, b: MicroBatch) -> bool:
     mask=st.sampled_from(["none", "intra"]),
 )
 def test_all_ranks_together_read_the_same_batch_in_the_same_order_in_every_layout(dataset, cp, dp, consumed, mask):
-    cursor = Cursor.at_start(dataset).advance(consumed)
+    cursor = Cursor.at_start(Windows.of(dataset)).advance(consumed)
     alone = step(dataset, cursor, batch=6, cp=1, dp=1, mask=mask)
     shared = step(dataset, cursor, batch=6, cp=cp, dp=dp, mask=mask)
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
@@ -70,7 +78,7 @@ def test_all_ranks_together_read_the_same_batch_in_the_same_order_in_every_layou
 
 def test_an_epoch_visits_every_sequence_once_and_its_labels_are_the_next_tokens(dataset):
     n = len(dataset)
-    batches = step(dataset, Cursor.at_start(dataset), batch=n, cp=2, dp=1)
+    batches = step(dataset, Cursor.at_start(Windows.of(dataset)), batch=n, cp=2, dp=1)
     rows = {tuple(dataset.read(i, 0, L + 1).tolist()) for i in range(n)}
     assert {(*b["tokens"][0].tolist(), int(b["labels"][0, -1])) for b in batches} == rows
     assert all(torch.equal(b["tokens"][0, 1:], b["labels"][0, :-1]) for b in batches)
@@ -79,7 +87,7 @@ def test_an_epoch_visits_every_sequence_once_and_its_labels_are_the_next_tokens(
 
 
 def test_resuming_at_a_cursor_with_another_layout_continues_the_unbroken_order(dataset):
-    start = Cursor.at_start(dataset)
+    start = Cursor.at_start(Windows.of(dataset))
     unbroken = step(dataset, start, batch=24, cp=1, dp=1)
     first = step(dataset, start, batch=8, cp=2, dp=4)
     saved = start.advance(8).state_dict()
@@ -97,7 +105,10 @@ def test_the_order_changes_with_seed_and_epoch_and_with_nothing_else():
 
 def test_padding_and_document_boundaries_are_not_predicted(dataset):
     for plain, intra in zip(
-        *(step(dataset, Cursor.at_start(dataset), batch=len(dataset), cp=4, dp=1, mask=m) for m in ("none", "intra")),
+        *(
+            step(dataset, Cursor.at_start(Windows.of(dataset)), batch=len(dataset), cp=4, dp=1, mask=m)
+            for m in ("none", "intra")
+        ),
         strict=True,
     ):
         row = next(i for i in range(len(dataset)) if dataset.read(i, 0, L).tolist() == plain["tokens"][0].tolist())
@@ -112,7 +123,7 @@ def test_evaluation_gives_every_rank_equally_many_batches_and_every_sequence_onc
     seen = []
     counts = set()
     for d in range(4):
-        batches = list(evaluation_batches(dataset, sequences=6, dp_rank=d, dp_size=4, cp_rank=0, cp_size=1))
+        batches = list(evaluation_batches(Part(dataset), samples=6, dp_rank=d, dp_size=4, cp_rank=0, cp_size=1))
         counts.add(len(batches))
         seen += [tuple(b["tokens"][0].tolist()) for b in batches if b["loss_mask"].any()]
     assert counts == {2}
@@ -123,9 +134,9 @@ def test_evaluation_gives_every_rank_equally_many_batches_and_every_sequence_onc
 def test_a_cursor_in_other_data_and_an_unknown_loader_are_refused(dataset):
     where = {"seed": 1, "dp_rank": 0, "dp_size": 1, "cp_rank": 0, "cp_size": 1}
     with pytest.raises(DataError, match="has read 12 sequences of data elsewhere"):
-        training_batches(dataset, cursor=Cursor(12, "elsewhere"), **where)
+        training_batches(Windows.of(dataset), cursor=Cursor(12, "elsewhere"), **where)
     with pytest.raises(ConfigError, match="choose memmap or dali"):
-        training_batches(dataset, cursor=Cursor.at_start(dataset), loader="tape", **where)
+        training_batches(Windows.of(dataset), cursor=Cursor.at_start(Windows.of(dataset)), loader="tape", **where)
 
 
 def test_an_error_while_reading_ahead_is_raised_at_the_batch_that_has_it(tmp_path):
@@ -137,7 +148,13 @@ def test_an_error_while_reading_ahead_is_raised_at_the_batch_that_has_it(tmp_pat
         file.seek(path.stat().st_size - 4 * (L + 1) * (dataset.manifest.train[0].sequences - row))
         file.write(b"\xff\xff\xff\x7f")
     batches = training_batches(
-        dataset, cursor=Cursor.at_start(dataset), seed=1, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1
+        Windows.of(dataset),
+        cursor=Cursor.at_start(Windows.of(dataset)),
+        seed=1,
+        dp_rank=0,
+        dp_size=1,
+        cp_rank=0,
+        cp_size=1,
     )
     next(batches)
     next(batches)

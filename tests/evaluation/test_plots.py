@@ -23,11 +23,11 @@ def test_an_evaluation_reads_back_as_written(tmp_path):
     for stage in (evaluation(256), StageEvaluation(256, evaluation(256).before, None)):
         stage.write(tmp_path)
         assert read_evaluation(tmp_path) == stage
-    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"seq_length", "before", "after"}
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"seq_length", "before", "after", "shorter"}
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "was not evaluated"), ("{", "cannot be read"), ("{}", "KeyError")]
+    ("content", "words"), [(None, "was not evaluated"), ("{", "is damaged: not JSON"), ("{}", "missing keys")]
 )
 def test_a_missing_or_foreign_evaluation_is_named(tmp_path, content, words):
     if content is not None:

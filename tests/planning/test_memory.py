@@ -2,9 +2,9 @@
 
 import pytest
 
-from megalong.planning.steptape import step_memory
+from megalong.planning.memory import step_memory
 from megalong.planning.workload import workload_of
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.runtime.ranks import RankPool
 from tests.planning.steps import measure_memory
 
@@ -30,7 +30,22 @@ CASES = {
     "tensor parallel ring, full recompute": (4, ["topology.tp=2", "topology.cp=2", "train.recompute=full"]),
     "ring": (2, ["topology.cp=2", "train.recompute=none"]),
     "head exchange": (2, ["topology.cp=2", "attention.cp_comm_type=a2a", "train.recompute=none"]),
-    "all-gather, full recompute": (4, ["topology.cp=4", "attention.cp_comm_type=all_gather"]),
+    "all-gather, full recompute": (4, ["topology.cp=4", "attention.cp_comm_type=all_gather", "train.recompute=full"]),
+    "ring, attention kept": (2, ["topology.cp=2", "train.recompute=attention_kept"]),
+    "all-gather, attention kept": (
+        4,
+        ["topology.cp=4", "attention.cp_comm_type=all_gather", "train.recompute=attention_kept"],
+    ),
+    "head exchange, attention kept, fp32": (
+        2,
+        ["topology.cp=2", "attention.cp_comm_type=a2a", "train.recompute=attention_kept", "precision=fp32"],
+    ),
+    "MLP in tiles, attention kept": (1, ["train.mlp_chunk=256", "train.recompute=attention_kept"]),
+    "tensor parallel, MLP in tiles, fp32": (
+        2,
+        ["topology.tp=2", "train.mlp_chunk=256", "train.recompute=full", "precision=fp32"],
+    ),
+    "MLP in tiles, no recompute": (1, ["train.mlp_chunk=512", "train.recompute=none"]),
     "pipeline": (2, ["topology.pp=2", "train.recompute=none"]),
     "pipeline, full recompute": (2, ["topology.pp=2", "train.recompute=full"]),
 }
@@ -39,7 +54,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_saved_activations_and_peak_are_within_five_percent(name: str, ranks: RankPool) -> None:
     world_size, overrides = CASES[name]
-    work = workload_of(compose([*SETTINGS, *overrides], world_size))
+    work = workload_of(run_of([*SETTINGS, *overrides], world_size))
     measured = ranks.run(measure_memory, world_size, [*SETTINGS, *overrides])
     for stage in range(work.layout.pp):
         # ranks of a stage are alike

@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalong.config.cluster import ClusterConfig, Fact, load_cluster
-from megalong.planning.beside import Beside
+from megalong.planning.activations import LayerTape, Tape
 from megalong.planning.choose import SPARE, advice, best_layout, candidates, check_fits, ranking
-from megalong.planning.plan import as_json, make_plan, plan_of
+from megalong.planning.plan import make_plan, plan_of, utilisation
+from megalong.planning.report import as_json, report
 from megalong.planning.workload import Workload, workload_of
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.runtime.errors import ConfigError, LayoutError
 from megalong.topology.layout import Layout
 from megalong.topology.placement import cyclic_order
 from megalong.topology.valid import layout_problems
+from megalong.training.beside import Beside
+from tests.data.folders import make_mixed_folder
 
 REPO = Path(__file__).resolve().parents[2]
 CARD_TOKENS = {"65k": 62_914_560, "262k": 100_663_296, "524k": 419_430_400, "1048k": 838_860_800}
@@ -28,8 +31,8 @@ CARD_TOKENS = {"65k": 62_914_560, "262k": 100_663_296, "524k": 419_430_400, "104
 
 @functools.cache
 def stage(name: str, *overrides: str) -> tuple[Workload, ClusterConfig]:
-    config = compose([f"+stage={name}", *overrides])
-    return workload_of(config), config.cluster
+    run = run_of([f"+stage={name}", *overrides])
+    return workload_of(run), run.config.cluster
 
 
 @pytest.mark.parametrize("name", CARD_TOKENS)
@@ -65,8 +68,8 @@ def test_what_does_not_fit_ends_with_code_2_and_layouts_that_do() -> None:
 
 def test_planning_loads_no_torch() -> None:
     code = (
-        "import sys; from megalong.recipe.compose import compose; from megalong.planning.plan import plan_of;"
-        "plan_of(compose(['+stage=1048k'])); from megalong.planning import report, choose;"
+        "import sys; from megalong.recipe.resolve import run_of; from megalong.planning.plan import plan_of;"
+        "plan_of(run_of(['+stage=1048k'])); from megalong.planning import report, choose;"
         "print([m for m in ('torch', 'megatron', 'matplotlib', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
@@ -74,7 +77,7 @@ def test_planning_loads_no_torch() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    from megalong.planning.picture import draw
+    from megalong.evaluation.plan_picture import draw
 
     work, cluster = stage("1048k")
     for layout in (Layout(tp=2, cp=32, dp=8), Layout(tp=4, pp=8, dp=16)):
@@ -145,6 +148,18 @@ def test_a_run_that_cannot_fit_is_refused_with_its_heaviest_terms() -> None:
     check_fits(make_plan(work.on(Layout(tp=2, cp=4)), cluster))
 
 
+def test_settings_that_make_a_kernel_hold_more_are_planned_to_take_more() -> None:
+    def attention(*overrides: str) -> int:
+        tape = Tape()
+        LayerTape(stage("1048k", *overrides)[0], tape).attention_backward()
+        return tape.peak
+
+    usual = attention()
+    assert attention("train.deterministic=true") == usual + 8 * 4 * (32_768 + 128) * 16 * 128
+    assert attention("attention.document_mask=intra") == usual + 15 * 4 * 128 * 16 * 128
+    assert attention("attention.cp_comm_type=all_gather") > usual + 2 * 15 * 32_768 * 16 * 128 * 2
+
+
 def test_advice_without_any_fit_names_what_would_help() -> None:
     work, cluster = stage("65k", "cluster=l40s-1x8")
     small = dataclasses.replace(cluster, memory_gib=Fact(4, "assumed", "test"))
@@ -201,9 +216,36 @@ def test_cluster_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_predicted_and_actual_stand_side_by_side() -> None:
-    beside = Beside(plan_of(compose(["+stage=65k"])), rank=0)
+    beside = Beside(plan_of(run_of(["+stage=65k"])), rank=0)
     found = beside.scalars(12.0, 2**30)
     assert found["step_seconds_actual"] == 12.0
     assert found["memory_MiB_actual"] == 1024
     assert beside.differences() == {}
     assert "s a step" in beside.summary()
+
+
+def test_steps_of_a_shorter_window_cost_what_their_attention_costs() -> None:
+    """Everything else of a step is the same: it has as many tokens, packed to the window."""
+    work, cluster = stage("1048k")
+    plain = make_plan(work, cluster)
+    mixed = make_plan(dataclasses.replace(work, shorter=((8192, 4),)), cluster)
+    (short,) = mixed.shorter
+    own, other = dataclasses.asdict(mixed.step.seconds), dataclasses.asdict(short.step.seconds)
+    assert other["attention"] == pytest.approx(own["attention"] * 8193 / (work.seq_length + 1))
+    assert other["matmul"] == own["matmul"]
+    assert mixed.step_s == plain.step_s == mixed.step_s_of(work.seq_length)
+    seconds = short.step.seconds.total
+    assert mixed.step_s_of(8192) == seconds < mixed.step_s / 2
+    assert plain.wall_s - mixed.wall_s == pytest.approx(4 * (plain.step_s - seconds))
+    assert mixed.memory == plain.memory
+    assert f"4 of {work.steps} steps read sequences of 8,192 tokens" in report(mixed, "mixed")
+    assert as_json(mixed)["shorter"] == [{"window": 8192, "steps": 4, "step_total_s": seconds}]
+
+
+def test_the_plan_of_a_run_knows_the_windows_of_its_data(tmp_path: Path) -> None:
+    make_mixed_folder(tmp_path / "data", {256: (3, 1), 64: (4, 1)}, {256: 3, 64: 1})
+    run = run_of(["+stage=65k", "+scale=mini", f"data.path={tmp_path / 'data'}", "train.steps=10"])
+    assert workload_of(run).shorter == ((64, 2),)
+    tokens = {w: utilisation(workload_of(run), run.config.cluster, 1.0, w).tokens_per_second_per_gpu for w in (256, 64)}
+    assert tokens[256] == tokens[64]
+    assert utilisation(workload_of(run), run.config.cluster, 1.0, 64).mfu < plan_of(run).use.mfu * plan_of(run).step_s

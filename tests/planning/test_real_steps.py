@@ -2,11 +2,10 @@
 
 import pytest
 
-from megalong.planning.communication import step_bytes
-from megalong.planning.parameters import rank_parameters
-from megalong.planning.static import static_bytes
+from megalong.planning.parameters import rank_parameters, static_bytes
+from megalong.planning.traffic import step_bytes
 from megalong.planning.workload import Workload, workload_of
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.runtime.ranks import RankPool
 from tests.planning.steps import Observed, observe
 
@@ -62,8 +61,7 @@ def settings(overrides: list[str]) -> list[str]:
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def case(request: pytest.FixtureRequest, ranks: RankPool) -> tuple[Workload, list[Observed]]:
     world_size, overrides = CASES[request.param]
-    config = compose(settings(overrides), world_size)
-    return workload_of(config), ranks.run(observe, world_size, settings(overrides))
+    return workload_of(run_of(settings(overrides), world_size)), ranks.run(observe, world_size, settings(overrides))
 
 
 def test_bytes_of_every_collective_equal_those_counted(case):

@@ -3,16 +3,17 @@
 import pytest
 
 from megalong.planning.recipe import CLUSTERS, RecipeRow, as_json, recipe_row, table
-from megalong.planning.workload import workload_of
-from megalong.recipe.compose import compose
+from megalong.planning.workload import open_workload
+from megalong.recipe.resolve import run_of
 
 GPUS = {"65k": 8, "262k": 32, "524k": 512, "1048k": 512}
 
 
 def row(name: str) -> RecipeRow:
-    config = compose([f"+stage={name}", f"cluster={CLUSTERS[GPUS[name]]}"])
-    assert config.stage.card_minutes is not None
-    return recipe_row(name, config.stage.card_minutes, workload_of(config), config.cluster)
+    run = run_of([f"+stage={name}", f"cluster={CLUSTERS[GPUS[name]]}"])
+    minutes = run.config.stage.card_minutes
+    assert minutes is not None
+    return recipe_row(name, minutes, open_workload(run), run.config.cluster)
 
 
 ROWS = [row(name) for name in GPUS]
@@ -44,3 +45,12 @@ def test_the_table_says_what_is_computed_and_with_which_efficiencies() -> None:
     assert "all others computed" in text
     assert "gemm_efficiency 0.55 (assumed)" in text
     assert text.count("1048k") >= 2
+
+
+def test_keeping_attention_takes_a_fifth_of_the_last_stage_and_what_is_left_says_so() -> None:
+    found = as_json(ROWS)
+    last = found["stages"][-1]
+    assert last["chosen"]["recompute"] == "attention_kept"
+    assert last["chosen"]["minutes"] < 0.83 * last["full_recompute"]["minutes"]
+    assert last["chosen"]["mfu"] > 0.32
+    assert found["chosen_gpu_hours"] < 0.85 * found["full_recompute_gpu_hours"]

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.planning.ringtime import Moves, backward_pass, forward_pass
-from megalong.planning.tape import Tape
+from megalong.planning.activations import Tape
+from megalong.planning.ring import Moves, backward_pass, forward_pass
 from megalong.planning.workload import Workload, workload_of
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.topology.layout import Layout
 from megalong.topology.links import NOTHING, Wire
 
-WORK = workload_of(compose(["+stage=262k"]))
+WORK = workload_of(run_of(["+stage=262k"]))
 
 
 def ring_of(n: int, **changes: object) -> Workload:

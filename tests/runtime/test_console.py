@@ -15,8 +15,7 @@ def test_notices_of_an_import_become_one_line(capsys: pytest.CaptureFixture) -> 
         logging.getLogger("megatron").warning("something odd happened here and there today")
     out = capsys.readouterr().out
     assert out.count("\n") == 1
-    assert out.startswith("libraries: 3 notices (Apex not installed; ")
-    assert "something odd happened" in out
+    assert out.startswith("libraries: 1 notice (something odd happened")
 
 
 def test_nothing_is_said_when_there_is_nothing(capsys: pytest.CaptureFixture) -> None:

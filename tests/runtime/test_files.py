@@ -33,6 +33,13 @@ def test_what_an_interrupted_writer_left_is_gone(tmp_path: Path) -> None:
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_what_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step.partial").touch()  # a file where a folder is expected: rmtree refuses it
+    with pytest.raises(OSError, match=r"step\.partial was left by an interrupted save and cannot be removed") as caught:
+        fresh_folder(tmp_path / "step.partial")
+    assert "step.partial" in caught.value.strerror
+
+
 def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
     target = tmp_path / "pointer"
     write_text(target, "old")

@@ -66,10 +66,11 @@ def test_an_error_on_one_rank_is_raised_on_all_and_names_the_rank(ranks: RankPoo
     assert ranks.run(fail_on_one_rank, 2, 7) == ["fine"] * 2
 
 
-def test_under_torchrun_a_mistake_is_told_once_and_without_a_traceback() -> None:
+def test_under_torchrun_a_mistake_is_told_by_one_rank_without_a_traceback_and_stands_in_the_last_lines() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "megalong/pretrain.py"]
     run = subprocess.run([*command, "+stage=65k"], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
-    assert run.stderr.count("megalong: Stage 65k wants") == 1
+    assert run.stderr.count("megalong: Stage 65k wants") == 2  # by the rank, and by torchrun for it
+    assert "megalong: Stage 65k wants 8 GPUs" in "\n".join(run.stderr.strip().splitlines()[-8:])
     # torchrun adds the traceback of its own ChildFailedError; none may pass through our files
     assert f'File "{REPO}/megalong' not in run.stderr

@@ -1,6 +1,7 @@
 """The pool of CPU ranks: fresh groups of any size, failures with their traceback, recovery afterwards."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,23 @@ def die() -> None:
 def test_a_task_runs_in_a_group_of_the_size_asked_for(ranks: RankPool, world_size: int) -> None:
     expected = sum(range(world_size)) + world_size
     assert ranks.run(add_ranks, world_size, 1) == [expected] * world_size
+
+
+def gloo_threads() -> int:
+    """Threads of this process that serve a gloo group."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+
+def leave_groups_in_a_circle() -> None:
+    circle: list = [dist.new_group() for _ in range(3)]
+    circle.append(circle)
+
+
+def test_groups_that_a_task_leaves_behind_do_not_stay(ranks: RankPool) -> None:
+    before = ranks.run(gloo_threads, 2)
+    ranks.run(leave_groups_in_a_circle, 2)
+    assert ranks.run(gloo_threads, 2) == before
 
 
 def test_a_rank_that_raises_is_reported_with_its_traceback() -> None:

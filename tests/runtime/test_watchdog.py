@@ -1,6 +1,5 @@
 """A rank that dies, stops, stands still or raises ends the run on all ranks, and is named once."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from megalong.runtime import launch, watchdog
 from megalong.runtime.errors import DataError
+from megalong.runtime.ranks import warm_processes
 from megalong.runtime.watchdog import Heard, Place, judge
 from tests.runtime.processes import free_port, slurm_like
 
@@ -82,6 +82,8 @@ def test_a_collective_that_failed_while_all_live_names_who_is_behind() -> None:
 
 
 Deed = Callable[[], None]
+FAULT = 120
+"""Step of the deed: a second after the first one, when all have heard of one another."""
 
 
 def raise_boom() -> None:
@@ -113,7 +115,7 @@ def rank_main(folder: Path, rank: int, port: int, at_fault: int, deed: Deed | No
         for step in range(1, 100_000):
             watchdog.enter("training", step)
             (folder / f"step{rank}").write_text(str(step))
-            if step == 50 and rank == at_fault and deed is not None:
+            if step == FAULT and rank == at_fault and deed is not None:
                 deed()
             dist.all_reduce(torch.ones(1))
             time.sleep(0.01)
@@ -132,8 +134,7 @@ class Ranks:
     def start(
         self, at_fault: int, deed: Deed | None, silent: float = 3.0, join: float = 60.0, absent: int | None = None
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "megalong.runtime.launch", __name__])
+        context = warm_processes()
         port = free_port()
         for rank in range(3):
             if rank != absent:
@@ -172,7 +173,7 @@ def test_a_rank_that_raises_speaks_alone_and_all_leave(three: Ranks, rank: int) 
     assert codes == [1, 1, 1]
     assert errors.count("megalong:") == 1
     assert errors.count("Traceback") == 1
-    assert f"rank {rank} on host {os.uname().nodename}, step 50, training raised ValueError: boom" in errors
+    assert f"rank {rank} on host {os.uname().nodename}, step {FAULT}, training raised ValueError: boom" in errors
 
 
 def test_a_users_mistake_on_one_rank_ends_all_with_its_code(three: Ranks) -> None:
@@ -213,7 +214,10 @@ def test_a_rank_that_never_comes_is_told_once(three: Ranks, absent: int) -> None
 def test_a_pause_of_the_whole_run_is_nobodys_fault(three: Ranks) -> None:
     def step() -> int:
         path = three.folder / "step0"
-        return int(path.read_text() or 0) if path.is_file() else 0
+        while path.is_file():
+            if text := path.read_text():  # empty for a moment while it is written
+                return int(text)
+        return 0
 
     three.start(0, None, silent=2.0)
     while step() < 5:

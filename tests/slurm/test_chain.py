@@ -5,21 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from megalong.checkpoint.compare import tensor_differences
-from megalong.checkpoint.weights import open_weights
+from megalong.convert.compare import tensor_differences
+from megalong.convert.weights import open_weights
 from tests.slurm.cluster import Cluster
 from tests.slurm.stages import ENV, SMALL
 
+pytestmark = pytest.mark.long
 
-def start(cluster: Cluster, data: str, runs: Path, *more: str) -> dict[str, str]:
-    """Name -> job number of what the recipe submits."""
-    said = cluster.run("slurm/recipe.sh", "-", data, str(runs), "--nodes=2", *SMALL, *more, env=ENV)
+
+def start(cluster: Cluster, data: str, runs: Path, *more: str, installed: Path | None = None) -> dict[str, str]:
+    """Name -> job number of what the recipe submits, from the checkout or from a folder with the installed package."""
+    words = ("-", data, str(runs), "--nodes=2", *SMALL, *more)
+    if installed is None:
+        said = cluster.run("slurm/recipe.sh", *words, env=ENV)
+    else:
+        env = ENV | {"PYTHONPATH": str(installed)}
+        said = cluster.run(str(installed / "bin/megalong-submit"), "recipe", *words, env=env, cwd=runs)
     return dict(re.findall(r"(\w+): job (\d+)", said))
 
 
 @pytest.mark.timeout(600)
-def test_the_chain_trains_four_stages_and_exports(cluster: Cluster, tmp_path: Path) -> None:
-    jobs = start(cluster, "-", tmp_path, "train.steps=2", "train.global_batch_size=2")
+def test_the_chain_trains_four_stages_and_exports_from_what_is_installed(
+    cluster: Cluster, tmp_path: Path, installed: Path
+) -> None:
+    jobs = start(cluster, "-", tmp_path, "train.steps=2", "train.global_batch_size=2", installed=installed)
     assert list(jobs) == ["65k", "262k", "524k", "1048k", "export"]
     for name, job in jobs.items():
         ended = cluster.ended(job)

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megalong.checkpoint.compare import tensor_differences
-from megalong.checkpoint.weights import open_weights
+import pytest
+
+from megalong.convert.compare import tensor_differences
+from megalong.convert.weights import open_weights
 from tests.slurm.cluster import SHAKY, Cluster
 from tests.slurm.stages import SMALL, STEPS, log_of, steps_of, submit
+
+pytestmark = pytest.mark.long
 
 
 def ranks_of(run_dir: Path, job: str) -> dict[int, list[str]]:
@@ -70,7 +74,9 @@ def test_a_run_that_makes_no_progress_is_started_twice_and_no_more(cluster: Clus
 
 def _ranks_running(run_dir: Path) -> list[int]:
     listed = subprocess.run(
-        ["pgrep", "-f", f"^[^ ]*python [^ ]*pretrain.py .*run_dir={run_dir}"], capture_output=True, text=True
+        ["pgrep", "-f", rf"^[^ ]*python\S* -P -m megalong.pretrain .*run_dir={run_dir}"],
+        capture_output=True,
+        text=True,
     )
     return [int(pid) for pid in listed.stdout.split()]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalong.runtime.nodecheck import measure
-from megalong.runtime.preflight import Gpu, Needs, NodeReport, by_leaf, judge, leaf_of, main, natural, read_reports
+from megalong.slurm.nodes import Gpu, NodeReport, measure, read_reports
+from megalong.slurm.preflight import Needs, by_leaf, judge, leaf_of, main, natural, not_without
 from tests.slurm.cluster import REPO
 
 GPU = Gpu(free_gib=44, total_gib=44.5, tflops=200)
@@ -124,6 +124,26 @@ def test_a_bad_node_is_replaced_by_a_spare_or_else_excluded(tmp_path: Path) -> N
     assert (tmp_path / "bad").read_text().split() == ["b"]
 
 
+def test_a_job_starts_again_only_if_the_partition_has_enough_other_nodes() -> None:
+    partition = ["a", "b", "c", "d"]
+    assert not_without(["b"], [], partition, needed=3) is None
+    assert not_without(["b"], [], None, needed=3) is None
+    assert not_without(["b"], ["a"], partition, 3) == "without the bad nodes the partition has 2, and 3 are needed"
+    assert not_without(["b"], ["b"], partition, 3) == "a node came back that had been excluded"
+
+
+def test_ranks_meet_at_the_first_node_of_their_order(tmp_path: Path) -> None:
+    reports = [report("b", topology="leaf1.b"), report("a", topology="leaf0.a")]
+    (tmp_path / "reports").write_text("".join(json.dumps(asdict(r)) + "\n" for r in reports))
+    nodes = ["--nodes=b=10.0.0.2,a=10.0.0.1", "--take=2", "--per-node=2"]
+    out = tmp_path / "a folder"
+    out.mkdir()
+    assert main([str(tmp_path / "reports"), *nodes, f"--out={out}"]) == 0
+    script = f'. "{out}/environment" && printf "%s\n" "$MASTER_ADDR" "$TORCH_FR_DUMP_TEMP_FILE"'
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["10.0.0.1", f"{out}/waiting-rank-"]
+
+
 def test_what_most_nodes_lack_is_not_blamed_on_nodes(tmp_path: Path) -> None:
     assert decide(tmp_path, [report(n, disk_gib=1) for n in "abc"] + [report("d")], take=4) == 2
     assert not (tmp_path / "bad").exists()
@@ -134,7 +154,7 @@ def answers(folder: Path, listed: list[str], answering: list[str], fsize: int | 
     token = folder / "token-1-0"
     token.touch()
     nodes = ",".join(f"{n}=127.0.0.1" for n in listed)
-    command = [sys.executable, "-m", "megalong.runtime.nodecheck", f"--nodes={nodes}", f"--token={token}"]
+    command = [sys.executable, "-m", "megalong.slurm.nodes", f"--nodes={nodes}", f"--token={token}"]
     command += [f"--run-dir={folder}", f"--port={10000 + os.getpid() % 9000}", "--wait-s=5"]
     limit = ["prlimit", f"--fsize={fsize}"] if fsize else []
     running = {

@@ -5,6 +5,7 @@ After a change that is meant: `python -m tests.slurm.test_rendering` writes the 
 
 import difflib
 import json
+import math
 import os
 import re
 import subprocess
@@ -78,6 +79,12 @@ def test_all_scripts_are_valid_bash(tmp_path: Path) -> None:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def test_scripts_stay_short_enough_to_be_read_and_edited() -> None:
+    lengths = {p.name: len(p.read_text().splitlines()) for p in (REPO / "slurm").iterdir() if p.is_file()}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+    assert "stage.sbatch" in lengths
+
+
 @pytest.mark.parametrize("stage", ["65k", "262k", "524k", "1048k"])
 def test_time_and_signal_lead_follow_from_the_plan(stage: str) -> None:
     text = run(("slurm/stage.sbatch", "--dry-run", f"+stage={stage}", "run_dir=runs/a"), {}).stdout
@@ -89,6 +96,14 @@ def test_time_and_signal_lead_follow_from_the_plan(stage: str) -> None:
     assert f"--nodes={len({r['node'] for r in plan['ranks']})}\n" in text
 
 
+def test_nodes_that_are_asked_for_are_what_an_automatic_layout_is_planned_for() -> None:
+    text = run(("slurm/stage.sbatch", "--dry-run", "--nodes=2", "+stage=65k", "topology=auto", "run_dir=a"), {}).stdout
+    layout = re.search(r"tp=(\d+) cp=(\d+) pp=(\d+) dp=(\d+) on 2 x 8 ranks", text)
+    assert layout is not None, text
+    assert math.prod(map(int, layout.groups())) == 16
+    assert "#SBATCH --nodes=2\n" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -98,12 +113,21 @@ def test_time_and_signal_lead_follow_from_the_plan(stage: str) -> None:
         (("--ntasks-per-node=3", "+stage=65k", "run_dir=a"), "8 ranks do not fill nodes of 3"),
         (("+stage=1048k", "topology.cp=4", "run_dir=a"), "does not fit"),
         (("-N4", "+stage=65k", "run_dir=a"), "--name=value"),
+        (("+stage=65k", "run_dir=a", "+cluster=auto"), "name the cluster's file"),
+        (("+stage=65k", "run_dir=a", "+train.lrr=3"), "no setting 'train.lrr'"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_submitted(arguments: tuple[str, ...], reason: str) -> None:
     done = run(("slurm/stage.sbatch", *arguments), {})
     assert done.returncode == 2
     assert reason in done.stderr
+
+
+def test_the_job_and_its_log_get_the_run_dir_that_the_trainer_will_use() -> None:
+    words = ("+stage=65k", "+run_dir='50% of ${stage.name}'", "checkpoint.keep=3")
+    text = run((*STAGE, *words), {}).stdout
+    assert "#SBATCH --output='50%% of 65k/logs/job-%j.log'" in text  # to Slurm, % begins a pattern
+    assert "'run_dir=50% of 65k'" in text
 
 
 def test_the_recipe_says_how_it_is_used() -> None:

@@ -5,8 +5,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megalong.recipe.compose import compose
-from megalong.recipe.layout import layout_of
+from megalong.recipe.resolve import run_of
 from megalong.runtime.ranks import RankPool
 from megalong.topology import groups
 from megalong.topology.layout import Layout
@@ -14,7 +13,7 @@ from megalong.topology.layout import Layout
 
 @pytest.mark.parametrize("stage", ["65k", "262k", "524k", "1048k"])
 def test_every_ring_of_a_full_stage_is_where_the_layout_says(stage: str, torch_on_cpu: None) -> None:
-    layout = layout_of(compose([f"+stage={stage}"]))
+    layout = run_of([f"+stage={stage}"]).layout
     for ring in layout.rings():
         for rank in (ring[0], ring[-1]):
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)

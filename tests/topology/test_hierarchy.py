@@ -5,7 +5,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megalong.recipe.compose import compose
+from megalong.recipe.resolve import run_of
 from megalong.topology import groups
 from megalong.topology.layout import Layout
 from megalong.topology.placement import Placement
@@ -22,6 +22,6 @@ def test_head_exchange_stays_in_the_node_and_the_outer_ring_visits_each_once(ran
     at = ring.index(rank)
     assert inner == ring[at // 4 * 4 : at // 4 * 4 + 4]
     assert outer == ring[at % 4 :: 4]
-    placement = Placement(LAYOUT, compose(["+stage=1048k"]).cluster)
+    placement = Placement(LAYOUT, run_of(["+stage=1048k"]).config.cluster)
     assert not placement.leaves_node(inner)
     assert len({placement.node(r) for r in outer}) == len(outer) == 8

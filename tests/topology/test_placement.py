@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalong.config.cluster import ClusterConfig, Fact
-from megalong.recipe.compose import compose
-from megalong.recipe.layout import layout_of
+from megalong.recipe.resolve import run_of
 from megalong.runtime.errors import LayoutError
 from megalong.topology.layout import ORDER, Layout
 from megalong.topology.links import slowest, wire, wires
@@ -29,8 +28,8 @@ def cluster(nodes: int, per_node: int, **facts: float) -> ClusterConfig:
 
 
 def of_stage(name: str) -> Placement:
-    config = compose([f"+stage={name}", "cluster=l40s-64x8"])
-    return Placement(layout_of(config), config.cluster)
+    run = run_of([f"+stage={name}", "cluster=l40s-64x8"])
+    return Placement(run.layout, run.config.cluster)
 
 
 @pytest.mark.parametrize("stage", STAGES)

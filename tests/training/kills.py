@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPO))
 
 from megalong.checkpoint import pointer  # noqa: E402
 from megalong.checkpoint.checksums import Checksums  # noqa: E402
-from tests.runtime.processes import free_port, slurm_like  # noqa: E402
+from tests.runtime.processes import WarmProcess, free_port, slurm_like  # noqa: E402
 from tests.training.runs import metrics  # noqa: E402
 
 HEARTBEAT_S = 8.0
@@ -39,7 +39,6 @@ SETTINGS = [
     "+scale=mini",
     "model.num_hidden_layers=2",
     "data.eval_sequences=0",
-    f"train.steps={STEPS}",
     "train.global_batch_size=4",
     "checkpoint.save_steps=2",
     f"train.heartbeat_s={HEARTBEAT_S}",
@@ -64,11 +63,15 @@ class Round:
 
 
 class Run:
-    """One run_dir and the processes that work in it."""
+    """One run_dir and the processes that work in it.
 
-    def __init__(self, run_dir: Path, ranks: int, layout: list[str]) -> None:
-        self.run_dir, self.ranks, self.layout = run_dir, ranks, layout
-        self.processes: list[subprocess.Popen] = []
+    Args:
+        warm: ranks find torch and megatron-core imported, which otherwise takes longer than all they do.
+    """
+
+    def __init__(self, run_dir: Path, ranks: int, layout: list[str], steps: int = STEPS, warm: bool = False) -> None:
+        self.run_dir, self.ranks, self.layout, self.steps, self.warm = run_dir, ranks, layout, steps, warm
+        self.processes: list[subprocess.Popen | WarmProcess] = []
         self.started_at = 0.0
 
     @property
@@ -77,15 +80,19 @@ class Run:
 
     def start(self) -> None:
         port = free_port()
-        command = [sys.executable, "megalong/pretrain.py", *SETTINGS, *self.layout, f"run_dir={self.run_dir}"]
+        settings = [*SETTINGS, f"train.steps={self.steps}", *self.layout, f"run_dir={self.run_dir}"]
+        command = ["megalong/pretrain.py", *settings]
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.processes, self.started_at = [], time.time()
         for rank in range(self.ranks):
-            with (self.run_dir / f"rank{rank}.log").open("w") as log:
-                env = slurm_like(rank, self.ranks, port)
-                self.processes.append(
-                    subprocess.Popen(command, cwd=REPO, env=env, stdout=log, stderr=subprocess.STDOUT)
-                )
+            log, env = self.run_dir / f"rank{rank}.log", slurm_like(rank, self.ranks, port)
+            log.write_text("")
+            if self.warm:
+                self.processes.append(WarmProcess(command, REPO, env, log))
+                continue
+            with log.open("ab") as file:
+                words = [sys.executable, *command]
+                self.processes.append(subprocess.Popen(words, cwd=REPO, env=env, stdout=file, stderr=subprocess.STDOUT))
 
     def steps_done(self) -> int:
         """Steps in the metrics, once this attempt has taken them over."""
@@ -135,10 +142,10 @@ def tensors(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.distcp"))}
 
 
-def compare(broken: Path, unbroken: Path) -> None:
+def compare(broken: Run, unbroken: Run) -> None:
     """Raises where the two runs differ in a bit."""
-    assert metrics(broken) == metrics(unbroken), "metrics differ"
-    folders = [pointer.folder_of(r / "checkpoints", STEPS) for r in (broken, unbroken)]
+    assert metrics(broken.run_dir) == metrics(unbroken.run_dir), "metrics differ"
+    folders = [pointer.folder_of(r.root, r.steps) for r in (broken, unbroken)]
     assert tensors(folders[0]) == tensors(folders[1]), "parameters or optimizer state differ"
 
 
@@ -149,7 +156,7 @@ def one_round(run: Run, number: int, rng: random.Random) -> Round:
     first = resumed
     run.start()
     everyone, in_save = rng.random() < 0.25, rng.random() < 0.5
-    at_step = rng.randrange(first, min(STEPS, first + 6))
+    at_step = rng.randrange(first, min(run.steps, first + 6))
     delay = rng.random() * (0.15 if in_save else 0.6)
     victim = rng.randrange(run.ranks)
     deadline = time.monotonic() + 300
@@ -184,7 +191,7 @@ def one_round(run: Run, number: int, rng: random.Random) -> Round:
     )
 
 
-def main(rounds: int = 30, seed: int = 0, ranks: int = 4) -> list[Round]:
+def main(rounds: int = 30, seed: int = 0, ranks: int = 4, steps: int = STEPS, warm: bool = False) -> list[Round]:
     """Rounds of kills; raises at the first that loses something."""
     rng = random.Random(seed)
     found: list[Round] = []
@@ -193,18 +200,18 @@ def main(rounds: int = 30, seed: int = 0, ranks: int = 4) -> list[Round]:
         runs = 0
         while len(found) < rounds:
             layout = LAYOUTS[runs % len(LAYOUTS)]
-            unbroken = Run(folder / f"unbroken-{runs % len(LAYOUTS)}", ranks, layout)
+            unbroken = Run(folder / f"unbroken-{runs % len(LAYOUTS)}", ranks, layout, steps, warm)
             if not unbroken.run_dir.exists():
                 unbroken.finish()
-            run = Run(folder / f"run-{runs}", ranks, layout)
+            run = Run(folder / f"run-{runs}", ranks, layout, steps, warm)
             runs += 1
             while len(found) < rounds:
                 found.append(one_round(run, len(found) + 1, rng))
                 print(found[-1], flush=True)
-                if found[-1].newest == f"step_{STEPS:08d}":
+                if found[-1].newest == f"step_{steps:08d}":
                     break
             run.finish()
-            compare(run.run_dir, unbroken.run_dir)
+            compare(run, unbroken)
             found[-1].ended = "bit-identical"
             print(f"run {runs}: bit-identical to the unbroken one", flush=True)
             shutil.rmtree(run.run_dir)

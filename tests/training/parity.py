@@ -6,35 +6,36 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from megalong.attention.zigzag import chunk_ranges
-from megalong.model.llama import model_from_hf
-from megalong.recipe.compose import compose
 from megalong.training.verify import Measured, Samples, measure
+from tests.llamas import run_of_saved
 
 WINDOW, BATCH, VOCABULARY = 128, 4, 300
 THETA = 362987.0
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def hf_model(seed: int = 0, **changes: object) -> transformers.LlamaForCausalLM:
     """A Llama of two layers with grouped queries, fp32; norms and biases are random too, so that they are tested."""
     torch.manual_seed(seed)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-5,
+    shape = SHAPE | {
         "max_position_embeddings": WINDOW,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "tie_word_embeddings": False,
         "initializer_range": 0.1,
-    } | changes
+    }
+    shape |= changes
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,10 +75,8 @@ def reference(model: transformers.LlamaForCausalLM, batch: Samples) -> Measured:
 
 def on_ranks(hf_dir: str, overrides: list[str]) -> dict[str, Measured]:
     """The same through megatron, by kind of mask."""
-    config = compose(["+stage=65k", "+scale=mini", "precision=fp32", *overrides], dist.get_world_size())
-    config.model = model_from_hf(Path(hf_dir))
-    config.stage.seq_length, config.stage.theta = WINDOW, THETA
-    return measure(config, Path(hf_dir), samples(config.topology.cp or 1, config.topology.dp or 1))
+    run = run_of_saved(Path(hf_dir), ["precision=fp32", *overrides], WINDOW, THETA)
+    return measure(run, Path(hf_dir), samples(run.layout.cp, run.layout.dp))
 
 
 def saved(model: transformers.LlamaForCausalLM) -> tempfile.TemporaryDirectory:

@@ -6,8 +6,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megalong.runtime.ranks import RankPool
-from megalong.training.agreement import Agreement, Stragglers, agree
+from megalong.training.agreement import Agreement, agree
 from megalong.training.spikes import LossWatch
+from megalong.training.stragglers import Stragglers
 
 
 def differ() -> Agreement:
@@ -28,17 +29,17 @@ def step(*seconds: float) -> Agreement:
 def test_a_rank_is_named_once_when_it_has_been_slow_three_times_running() -> None:
     watch = Stragglers(["a", "b", "c", "d"])
     slow, even = step(1, 1.1, 1, 2), step(1, 1.1, 1, 1.2)
-    assert [watch.look(s) is not None for s in (slow, slow, even, slow, slow)] == [False] * 5
-    sentence = watch.look(slow)
+    assert [watch.slow(s) is not None for s in (slow, slow, even, slow, slow)] == [False] * 5
+    sentence = watch.slow(slow)
     assert sentence is not None
     assert "rank 3 on host d is slow" in sentence
     assert "1.90 times the median" in sentence
-    assert watch.look(slow) is None
+    assert watch.slow(slow) is None
 
 
 def test_ranks_that_take_turns_are_not_stragglers() -> None:
     watch = Stragglers(["a", "b", "c"])
-    assert not any(watch.look(s) for s in (step(2, 1, 1), step(1, 2, 1), step(1, 1, 2)) * 3)
+    assert not any(watch.slow(s) for s in (step(2, 1, 1), step(1, 2, 1), step(1, 1, 2)) * 3)
 
 
 def test_a_run_without_measured_kernels_has_no_straggler() -> None:
@@ -61,7 +62,7 @@ def test_nothing_is_called_a_jump_before_there_is_something_to_compare() -> None
     assert [watch.jump(x) for x in (1.0, 9.0, 2.0)] == [None] * 3
 
 
-def with_a_slow_rank(run_dir: str, slow: int) -> list[str]:
+def with_a_slow_rank(run_dir: str, which: int) -> list[str]:
     """Sentences about stragglers in four real steps, in which one rank's kernels take 20 ms longer."""
     import time
 
@@ -69,24 +70,25 @@ def with_a_slow_rank(run_dir: str, slow: int) -> list[str]:
     from tests.training.runs import stage_run
 
     stage = stage_run(run_dir, "topology.cp=2", "topology.dp=2", "train.stop_after=4", "checkpoint.save_steps=0")
-    forward, look, said = CpuFlash.forward, stage._stragglers.look, []
+    forward, slow, said = CpuFlash.forward, Stragglers.slow, []
 
     def slowed(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.02)
         return forward(*args, **kwargs)
 
-    def listened(found: Agreement) -> str | None:
-        sentence = look(found)
+    def listened(watch: Stragglers, found: Agreement) -> str | None:
+        sentence = slow(watch, found)
         said.extend([sentence] if sentence else [])
         return sentence
 
-    stage._stragglers.look = listened  # type: ignore[method-assign]
-    if dist.get_rank() == slow:
+    Stragglers.slow = listened  # type: ignore[method-assign]
+    if dist.get_rank() == which:
         CpuFlash.forward = slowed  # type: ignore[method-assign]
     try:
         stage.run()
     finally:
         CpuFlash.forward = forward  # type: ignore[method-assign]
+        Stragglers.slow = slow  # type: ignore[method-assign]
     return said
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from megalong.checkpoint import pointer
+from megalong.checkpoint.checksums import read_checksums, write_checksums
+from megalong.runtime.files import sha256_of
 from megalong.runtime.ranks import RankPool
 from tests.training.runs import metrics, run_stage, same
 
@@ -28,7 +30,7 @@ def where_it_starts(run_dir: str) -> tuple[int, str]:
     from tests.training.runs import stage_run
 
     try:
-        return stage_run(run_dir, *TINY).step, ""
+        return stage_run(run_dir, *TINY).state.step, ""
     except UserError as error:
         return -1, str(error)
 
@@ -111,3 +113,18 @@ def test_a_pointer_set_back_by_hand_keeps_the_later_checkpoint_aside(
     (root / "latest").write_text("step_00000001\n")
     assert same(half[1], ranks.run(run_stage, 2, str(run), *TINY))
     assert (root / f"{NEWEST}.superseded").is_dir()
+
+
+def test_what_travels_along_outlives_the_checkpoint_it_came_from(
+    half: tuple[Path, list, list], ranks: RankPool, tmp_path: Path
+) -> None:
+    run = copy_of(half[0], tmp_path)
+    folder = run / "checkpoints" / NEWEST
+    (folder / "hf_files").mkdir()
+    file = folder / "hf_files" / "tokenizer.json"
+    file.write_text("tokens")
+    sums = {**(read_checksums(folder) or {}), "hf_files/tokenizer.json": {"bytes": 6, "sha256": sha256_of(file)}}
+    write_checksums(folder, sums)
+    ranks.run(run_stage, 2, str(run), *TINY, "checkpoint.save_steps=1", "checkpoint.keep=1")
+    assert not folder.exists()
+    assert (run / "checkpoints" / "step_00000004" / "hf_files" / "tokenizer.json").read_text() == "tokens"

@@ -1,48 +1,56 @@
 """A gradient that is not finite: the step is as if it had never been, or the run stops with the rank named."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megalong.recipe.compose import compose
-from megalong.recipe.layout import layout_of
+from megalong.model.gpt import build
+from megalong.recipe.resolve import run_of
 from megalong.runtime.ranks import RankPool
 from megalong.topology.groups import initialize
-from megalong.training.finite import NonFiniteError
-from megalong.training.loop import StageRun
-from megalong.training.metrics import Metrics
-from megalong.training.start import plan_data, plan_start
+from megalong.training.agreement import Agreement
+from megalong.training.finite import FiniteSteps, GradientWatch, NonFiniteError
+from megalong.training.forward import forward_backward
+from megalong.training.sequences import open_data
+from megalong.training.start import plan_start
+from megalong.training.state import load_state
+from megalong.training.steps import steps
+from megalong.training.verify import local_batches, synthetic_samples
+
+NOTHING = Agreement(stop=False, save=False, written=True, kernel_seconds=(0.0,))
 
 
 def poisoned_second_step(run_dir: str, policy: str, layout: list[str]) -> tuple[list, list, str, int]:
     """Parameters and moments before and after a step in which rank 1 makes a NaN gradient."""
     overrides = ["+stage=65k", "+scale=mini", f"run_dir={run_dir}", f"train.non_finite={policy}", *layout]
-    config = compose([*overrides, "model.num_hidden_layers=2", "data.eval_sequences=0"], dist.get_world_size())
-    start = plan_start(config)
-    data = plan_data(config, [])
-    initialize(layout_of(config))
-    stage = StageRun(config, start, *data)
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    metrics, batches = Metrics(Path(run_dir), config, 0, stage.first), stage._batches()
-    stage._train_one(batches, metrics)
+    run = run_of([*overrides, "model.num_hidden_layers=2", "data.eval_sequences=0"], dist.get_world_size())
+    start = plan_start(run)
+    run, data = open_data(run, [])
+    initialize(run.layout)
+    now = load_state(run, start, data.train)
+    judge = FiniteSteps(run.config.train, GradientWatch(now.model), now.skipped)
+    trained = steps(run, now, data.train, nullcontext)
+    judge.look(next(trained), NOTHING)
 
     def state() -> list[torch.Tensor]:
-        inner = stage.optimizer.chained_optimizers[0].optimizer
+        inner = now.optimizer.chained_optimizers[0].optimizer
         moments = [v.clone() for s in inner.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        return [p.detach().clone() for p in stage.model[0].parameters()] + moments
+        return [p.detach().clone() for p in now.model[0].parameters()] + moments
 
     before = state()
     if dist.get_rank() == 1:
-        parameter = next(p for n, p in stage.model[0].named_parameters() if "linear_fc1" in n)
+        parameter = next(p for n, p in now.model[0].named_parameters() if "linear_fc1" in n)
         parameter.register_hook(lambda grad: grad * float("nan"))
     message = ""
     try:
-        stage._train_one(batches, metrics)
+        judge.look(next(trained), NOTHING)
     except NonFiniteError as error:
         message = str(error)
-    return before, state(), message, stage.skipped
+    return before, state(), message, judge.skipped
 
 
 @pytest.mark.parametrize("layout", [["topology.tp=2"], ["topology.cp=2"], ["topology.pp=2"]], ids=str)
@@ -58,3 +66,38 @@ def test_stop_names_step_rank_and_samples(ranks: RankPool, tmp_path: Path) -> No
     for *_, message, _ in ranks.run(poisoned_second_step, 2, str(tmp_path), "stop", ["topology.cp=2"]):
         assert "step 2: " in message
         assert "not finite on rank 1. Samples 4 to 7 of the run: sequences " in message
+
+
+def culprits_by_step(overlap: bool, guilty: int) -> list[list[int]]:
+    """Who is named after each of four steps; one rank makes a NaN in the third."""
+    overrides = ["+stage=65k", "+scale=mini", "topology.dp=4", "train.global_batch_size=4"]
+    run = run_of([*overrides, "model.num_hidden_layers=2"], dist.get_world_size())
+    initialize(run.layout)
+    model = build(run, overlap=overlap)
+    watch = GradientWatch(model)
+    finish = model[0].config.finalize_model_grads_func
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        """What was reduced during backward has arrived when the step is closed."""
+        for group in model[0].bucket_groups:
+            if group.grad_reduce_handle is not None:
+                group.grad_reduce_handle.wait()
+        return finish(*args, **kwargs)
+
+    model[0].config.finalize_model_grads_func = late
+    weight = next(p for n, p in model[0].named_parameters() if "layers.1.mlp.linear_fc1" in n)
+    named = []
+    for step in range(4):
+        planted = step == 2 and dist.get_rank() == guilty
+        hook = weight.register_hook(lambda grad: grad * float("nan")) if planted else None
+        batches = local_batches(run, synthetic_samples(run, seed=step))
+        forward_backward(run.seq_length, model, batches, 1)
+        if hook is not None:
+            hook.remove()
+        named.append(watch.culprits())
+    return named
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["reduced after backward", "reduced during backward"])
+def test_only_the_rank_at_fault_is_named_whenever_reduction_begins(ranks: RankPool, overlap: bool) -> None:
+    assert ranks.run(culprits_by_step, 4, overlap, 2) == [[[], [], [2], []]] * 4

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megalong.runtime.errors import EXIT_NO_PROGRESS, NoProgressError
-from megalong.training.progress import require_progress
+from megalong.runtime.errors import EXIT_NO_PROGRESS, NoProgressError, StopRequestedError
+from megalong.training.progress import note_stop, require_progress
 
 
 def requeued(restarts: int, job: str = "7") -> dict[str, str]:
@@ -38,3 +38,19 @@ def test_torchruns_own_restarts_count_as_well(tmp_path: Path) -> None:
     require_progress(tmp_path, 5, env)
     with pytest.raises(NoProgressError, match="torchrun a"):
         require_progress(tmp_path, 5, env | {"TORCHELASTIC_RESTART_COUNT": "1"})
+
+
+def test_what_was_asked_to_stop_is_not_trained_on_by_torchrun(tmp_path: Path) -> None:
+    env = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}
+    require_progress(tmp_path, 0, env)
+    note_stop(tmp_path)
+    with pytest.raises(StopRequestedError, match="has saved step 5: torchrun's restart 1 does not train on") as caught:
+        require_progress(tmp_path, 5, env | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert caught.value.exit_code == 85
+    require_progress(tmp_path, 5, env)  # by hand
+
+
+def test_slurm_requeues_what_was_stopped_to_go_on_later(tmp_path: Path) -> None:
+    require_progress(tmp_path, 0, requeued(0))
+    note_stop(tmp_path)
+    require_progress(tmp_path, 5, requeued(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalong.checkpoint import pointer
-from megalong.checkpoint.store import verify_checksums
+from megalong.checkpoint.load import verify_checksums
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.ranks import RankPool
 from tests.training.runs import metrics, run_stage, same
@@ -50,15 +50,15 @@ def samples_read(run_dir: str, *overrides: str) -> list[int]:
     from tests.training.runs import stage_run
 
     stage = stage_run(run_dir, *overrides)
-    dp = stage.config.topology.dp or 1
+    run, state = stage.settings, stage.state
     here = shuffled_samples(
-        sequences=len(stage.train_data),
-        seed=stage.config.seed,
-        consumed_samples=stage.cursor.consumed_samples,
+        sequences=len(stage.data.train.main),
+        seed=run.config.seed,
+        consumed_samples=state.cursor.consumed_samples,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=dp,
+        dp_size=run.layout.dp,
     )
-    return list(islice(here, (stage.config.train.global_batch_size or 1) // dp))
+    return [sequence for (sequence,) in islice(here, run.micro_batches)]
 
 
 @pytest.mark.parametrize("name", CHANGES)

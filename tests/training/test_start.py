@@ -9,24 +9,28 @@ import pytest
 import transformers
 
 from megalong.checkpoint import pointer
+from megalong.checkpoint.checksums import write_checksums
 from megalong.checkpoint.info import CheckpointInfo, write_info
-from megalong.config.schema import Config
 from megalong.data.builtin import builtin_corpus
-from megalong.recipe.compose import compose, to_yaml
+from megalong.recipe.compose import to_yaml
+from megalong.recipe.resolve import run_of
+from megalong.run import Run
 from megalong.runtime.errors import CheckpointError, ConfigError, DataError, ThetaError
-from megalong.training.start import CACHE, plan_data, plan_start
+from megalong.runtime.files import sha256_of
+from megalong.training.sequences import CACHE, open_data
+from megalong.training.start import FromHuggingFace, Random, Resumed, plan_start
 
 REPO = Path(__file__).parents[2]
 
 
-def mini(tmp_path: Path, *overrides: str, stage: str = "65k") -> Config:
-    return compose([f"+stage={stage}", "+scale=mini", f"run_dir={tmp_path / 'run'}", *overrides], 1)
+def mini(tmp_path: Path, *overrides: str, stage: str = "65k") -> Run:
+    return run_of([f"+stage={stage}", "+scale=mini", f"run_dir={tmp_path / 'run'}", *overrides], 1)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained Hugging Face Llama of model=mini's shape."""
-    model = compose(["+stage=65k", "+scale=mini"], 1).model
+    model = run_of(["+stage=65k", "+scale=mini"], 1).model
     folder = tmp_path_factory.mktemp("hf") / "base"
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     more = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")
@@ -47,12 +51,12 @@ def edited(base: Path, target: Path, **changes: object) -> Path:
 
 def test_mini_scale_starts_from_random_weights_and_says_so(tmp_path: Path) -> None:
     start = plan_start(mini(tmp_path))
-    assert start.kind == "random"
+    assert isinstance(start, Random)
     assert "random weights" in start.text
 
 
 def test_the_base_is_accepted_by_the_first_stage(tmp_path: Path, base: Path) -> None:
-    assert plan_start(mini(tmp_path, f"init_from={base}")).kind == "hf"
+    assert type(plan_start(mini(tmp_path, f"init_from={base}"))) is FromHuggingFace
 
 
 @pytest.mark.parametrize(
@@ -64,12 +68,12 @@ def test_the_base_is_accepted_by_the_first_stage(tmp_path: Path, base: Path) -> 
 )
 def test_a_real_stage_says_what_it_starts_from(tmp_path: Path, stage: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        plan_start(compose([f"+stage={stage}", f"run_dir={tmp_path}"]))
+        plan_start(run_of([f"+stage={stage}", f"run_dir={tmp_path}"]))
 
 
 def test_a_real_stage_says_what_data_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"data\.path is missing.*65,536 tokens.*prepare_data"):
-        plan_data(compose(["+stage=65k"]), [])
+        open_data(run_of(["+stage=65k"]), [])
 
 
 def test_weights_whose_theta_does_not_follow_are_refused(tmp_path: Path, base: Path) -> None:
@@ -96,13 +100,14 @@ def test_a_missing_or_half_written_start_is_named(tmp_path: Path) -> None:
         plan_start(mini(tmp_path, f"init_from={tmp_path / 'half'}"))
 
 
-def whole_checkpoint(run_dir: Path, config: Config) -> Path:
+def whole_checkpoint(run_dir: Path, run: Run) -> Path:
     """The small files of a checkpoint, as a run leaves them."""
     folder = pointer.folder_of(run_dir / "checkpoints", 5)
     folder.mkdir(parents=True)
     write_info(folder, CheckpointInfo(hf_config={}, stage="65k", seq_length=256, theta=1.0))
-    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "config.yaml").write_text(to_yaml(run.config))
     (folder / "metadata.json").write_text("{}")
+    write_checksums(folder, {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in folder.iterdir()})
     return folder
 
 
@@ -116,7 +121,7 @@ def test_a_pointer_to_nothing_is_an_error_and_not_a_fresh_start(tmp_path: Path) 
 
 def test_a_resume_under_other_settings_lists_what_changed(tmp_path: Path) -> None:
     whole_checkpoint(tmp_path / "run", mini(tmp_path))
-    assert plan_start(mini(tmp_path)).kind == "resume"
+    assert isinstance(plan_start(mini(tmp_path)), Resumed)
     with pytest.raises(ConfigError, match=r"train\.lr 0\.0005 -> 0\.5; seed 1234 -> 7"):
         plan_start(mini(tmp_path, "train.lr=0.5", "seed=7"))
     told = plan_start(mini(tmp_path, "train.lr=0.5", "seed=7", "checkpoint.allow_changed=[train.lr,seed]"))
@@ -130,28 +135,27 @@ def test_a_resume_under_other_settings_lists_what_changed(tmp_path: Path) -> Non
 def test_a_resume_on_another_layout_is_the_same_run(tmp_path: Path) -> None:
     whole_checkpoint(tmp_path / "run", mini(tmp_path))
     overrides = ["+stage=65k", "+scale=mini", f"run_dir={tmp_path / 'run'}", "topology.cp=4"]
-    start = plan_start(compose(overrides, 4))
-    assert start.kind == "resume"
+    start = plan_start(run_of(overrides, 4))
+    assert isinstance(start, Resumed)
     assert "changed: topology.cp 1 -> 4" in start.text
 
 
 def test_a_run_that_has_not_come_to_its_end_is_no_start_for_the_next_stage(tmp_path: Path) -> None:
     folder = whole_checkpoint(tmp_path / "run", mini(tmp_path))
-    config = mini(tmp_path / "next", f"init_from={tmp_path / 'run'}", stage="262k")
+    run = mini(tmp_path / "next", f"init_from={tmp_path / 'run'}", stage="262k")
     with pytest.raises(CheckpointError, match=r"has only come to step 0 of 15\. Let it finish, or name the checkpoint"):
-        plan_start(config)
+        plan_start(run)
     with pytest.raises(CheckpointError) as caught:  # named itself it is taken, and then its model is looked at
         plan_start(mini(tmp_path / "next", f"init_from={folder}", stage="262k"))
     assert "has only come" not in str(caught.value)
 
 
 def test_data_of_another_window_or_damaged_is_refused(tmp_path: Path) -> None:
-    config = mini(tmp_path)
-    folder = builtin_corpus(CACHE, 1024, config.model.vocab_size)
+    folder = builtin_corpus(CACHE, 1024, mini(tmp_path).model.vocab_size)
     with pytest.raises(DataError, match="window of 1,024 tokens and the run has 256"):
-        plan_data(mini(tmp_path, f"data.path={folder}"), [])
+        open_data(mini(tmp_path, f"data.path={folder}"), [])
     with pytest.raises(DataError, match="nowhere"):
-        plan_data(mini(tmp_path, f"data.path={tmp_path / 'nowhere'}"), [])
+        open_data(mini(tmp_path, f"data.path={tmp_path / 'nowhere'}"), [])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""From terabytes of documents to one stage's sequences: read, tokenize shard by shard, choose, lay out, check."""

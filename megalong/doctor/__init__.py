@@ -1,0 +1,1 @@
+"""Does this machine do what this repository claims? Parts that prove it, each by itself, and one report."""

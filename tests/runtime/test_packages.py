@@ -1,0 +1,125 @@
+"""Optional packages are found without being imported, take the work where they can, and are named when missing."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
+
+from megalong.recipe.parts import check_packages, parts
+from megalong.recipe.resolve import run_of
+from megalong.runtime import packages
+from megalong.runtime.errors import ConfigError
+from megalong.runtime.ranks import RankPool
+from megalong.topology.groups import initialize
+from megalong.topology.layout import Layout
+from megalong.training.adam import choose_adam
+
+REPO = Path(__file__).parents[2]
+MINI = ("+stage=65k", "+scale=mini")
+FUSED_ADAM = """
+import torch
+class FusedAdam(torch.optim.Optimizer):
+    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+"""
+
+
+@pytest.fixture
+def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files where apex's would lie."""
+    for name, text in {
+        "apex/__init__.py": "raise AssertionError('looked for, not imported')",
+        "apex/optimizers.py": FUSED_ADAM,
+        "apex/normalization.py": "",
+        "amp_C.py": "",
+        "fused_layer_norm_cuda.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_without_apex_torch_does_the_work_and_the_run_says_so() -> None:
+    config = run_of(MINI, 1).config
+    for cuda, kernel in ((True, "cuda_flash"), (False, "cpu_flash")):
+        assert parts(config, cuda) == (
+            "optimizer: torch AdamW (apex not installed); norm: torch RMSNorm (apex not installed); "
+            f"attention kernel: {kernel}; data: memmap"
+        )
+
+
+def test_where_apex_is_installed_a_gpu_uses_it_and_a_cpu_does_not(apex: Path) -> None:
+    config = run_of([*MINI, "data.loader=dali", "attention.kernel=cudnn"], 1).config
+    assert parts(config, True) == (
+        "optimizer: apex FusedAdam; norm: apex FusedRMSNorm; attention kernel: cudnn; data: dali"
+    )
+    assert parts(config, False).startswith("optimizer: torch AdamW (apex needs a GPU); norm: torch RMSNorm (apex needs")
+    torchs = run_of([*MINI, "train.adam=torch", "train.norm=torch"], 1).config
+    assert parts(torchs, True).startswith("optimizer: torch AdamW; norm: torch RMSNorm;")
+    assert "apex" not in sys.modules
+
+
+def test_apex_without_its_extensions_does_not_count(apex: Path) -> None:
+    (apex / "amp_C.py").unlink()
+    assert packages.adam("auto", True) == "torch"
+    assert packages.norm("auto", True) == "apex"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train.adam=apex", "train.adam=apex needs apex, which is not installed: build it from https://github.com/NVI"),
+        ("train.norm=apex", "train.norm=apex needs apex, .* or use train.norm=auto"),
+        ("train.adam=transformer_engine", r"pip install 'megalong\[gpu\]' .* or use train.adam=auto"),
+        ("attention=transformer_engine", "or use attention.backend=megalong"),
+    ],
+)
+def test_what_is_chosen_and_missing_is_named_with_what_installs_it(words: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_packages(run_of([*MINI, words], 1).config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_fused_part_without_a_gpu_is_refused(apex: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.adam=apex train\.norm=apex needs a GPU.*use train\.adam=auto train"):
+        check_packages(run_of([*MINI, "train.adam=apex", "train.norm=apex"], 1).config)
+
+
+def adams_on_rank(folder: str) -> list[tuple[str, bool, bool]]:
+    """For apex, and for torch after it: the class that megatron-core builds, and where it looks for the step count."""
+    config = OptimizerConfig(optimizer="adam", lr=1e-3, adam_beta1=0.9, adam_beta2=0.95)
+    found, adams = [], (optimizer.Adam, distrib_optimizer.Adam)
+    initialize(Layout())
+    sys.path.insert(0, folder)
+    try:
+        for wanted in ("apex", "torch"):
+            assert choose_adam(wanted) == wanted
+            group = [{"params": [torch.nn.Parameter(torch.ones(2))], "is_expert_parallel": False}]
+            made = optimizer._get_megatron_optimizer_based_on_param_groups(config, [], group)
+            uses = (distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER)
+            found.append((type(made.optimizer).__name__, *uses))
+    finally:
+        choose_adam("torch")
+        optimizer.Adam, distrib_optimizer.Adam = adams
+        sys.path.remove(folder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            del sys.modules[name]
+    return found
+
+
+def test_megatron_builds_the_adam_that_was_chosen(apex: Path, ranks: RankPool) -> None:
+    (apex / "apex" / "__init__.py").write_text("")
+    assert ranks.run(adams_on_rank, 1, str(apex))[0] == [("FusedAdam", True, True), ("AdamW", False, False)]
+
+
+def test_every_extra_that_a_text_names_can_be_installed() -> None:
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [REPO / "README.md", *REPO.glob("docs/*.md"), *REPO.glob("megalong/**/*.py")]
+    named = {name for path in texts for name in re.findall(r"(?:megalong|\.)\[(\w+)\]'?[^\w(]", path.read_text())}
+    assert {"gpu", "dali"} <= named <= set(extras)

@@ -1,0 +1,10 @@
+"""What `megalong-evaluate` is, from a checkout: megalong/commands/evaluate.py."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # this checkout, whatever is installed
+    from megalong.commands.evaluate import command
+
+    sys.exit(command())
