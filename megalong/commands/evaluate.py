@@ -17,7 +17,7 @@ from megalong.commands.evaluating import evaluate, sample
 from megalong.commands.options import FirstIsMeant, ask
 from megalong.runtime import console, launch
 
-TASKS = "needle,multi_key,multi_value,multi_query,passkey,variables,common_words,mrcr"
+TASKS = "needle,multi_key,multi_value,multi_query,recall,passkey,variables,common_words,mrcr"
 
 app = typer.Typer(
     cls=FirstIsMeant,

@@ -126,11 +126,14 @@ def draw_tokens(
     """
     at = rng.random() if depth is None else depth
     question = TASKS[task](rng, at, length)
-    before, between = tokenizer.frame()
+    if question.lead:
+        before, between = tokenizer.frame()
+        lead = question.lead if tokenizer.chat else f"\n{question.lead}"
+        tail = tokenizer.encode(question.ask) + between + tokenizer.encode(lead)
+    else:
+        before, tail = tokenizer.beginning, tokenizer.encode(question.ask)
     head = before + tokenizer.encode(question.head)
-    lead = question.lead if tokenizer.chat else f"\n{question.lead}"
-    tail = tokenizer.encode(question.ask) + between + tokenizer.encode(lead)
-    answers = tokenizer.answers(lead, question.answers)
+    answers = tokenizer.answers(lead if question.lead else question.ask, question.answers)
     inserts = [(d, tokenizer.encode(text)) for d, text in question.inserts]
     fixed = len(head) + len(tail) + sum(map(len, answers))
     needed = fixed + sum(len(piece) for _, piece in inserts)

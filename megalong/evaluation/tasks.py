@@ -1,7 +1,8 @@
-"""Questions put to a long window: needles, passkeys, variables, common words, repeated answers.
+"""Questions put to a long window: needles, records, passkeys, variables, common words, repeated answers.
 
 Written after the published description of RULER (Hsieh et al., arXiv 2404.06654), the passkey of Mohtashami and Jaggi
-(arXiv 2305.16300) and MRCR (Vodrahalli et al., arXiv 2409.12640), for teacher forcing: wherever an answer is a list,
+(arXiv 2305.16300), MRCR (Vodrahalli et al., arXiv 2409.12640) and the key-value retrieval of Liu et al.
+(arXiv 2307.03172), for teacher forcing: wherever an answer is a list,
 the question fixes its order. docs/evaluation.md says what is scored.
 
 A task is drawn from a random generator of its own, so it is the same for every checkpoint and layout.
@@ -21,6 +22,11 @@ _NOUNS = "anchor basket candle desert engine feather garden harbor island jacket
 _NOUNS += " pebble quarry ribbon saddle temple umbrella valley window yogurt zipper bridge cabin dragon falcon guitar"
 ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
+RECORD = " {key} is {value}."
+"""What `recall` hides in the text."""
+RECALL = " {key} is"
+"""What it asks at the end: the beginning of a record, which the model has to finish."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -33,7 +39,8 @@ class Question:
     ask: str
     """Stands behind the haystack, the words of the user; its end has no white space."""
     lead: str
-    """How the answer begins, given to the model; its end has no white space."""
+    """How the answer begins, given to the model; its end has no white space. Empty: the answer goes on with `ask`
+    itself, so the question is running text, which no chat template cuts in two."""
     answers: list[str]
     """What is scored, one slot each, with the white space before it."""
     filler: list[str] | None = None
@@ -116,6 +123,23 @@ def passkey(rng: random.Random, depth: float, tokens: int) -> Question:
             "There and back again.",
         ],
     )
+
+
+def recall(distractors: int = 3) -> Draw:
+    """One of a few records begun again, in as few tokens as there can be; keys and values are single words."""
+
+    def draw(rng: random.Random, depth: float, tokens: int) -> Question:
+        key, value = rng.sample(NOUNS, 1 + distractors), rng.sample(ADJECTIVES, 1 + distractors)
+        depths = [depth] + [rng.random() for _ in range(distractors)]
+        return Question(
+            "",
+            [(d, RECORD.format(key=k, value=v)) for d, k, v in zip(depths, key, value, strict=True)],
+            RECALL.format(key=key[0]),
+            "",
+            [f" {value[0]}"],
+        )
+
+    return draw
 
 
 def variable_tracking(hops: int = 4, chains: int = 2) -> Draw:
@@ -204,12 +228,13 @@ TASKS: dict[str, Draw] = {
     "multi_key": needles(keys=8),
     "multi_value": needles(values=4),
     "multi_query": needles(keys=4, queries=4),
+    "recall": recall(),
     "passkey": passkey,
     "variables": variable_tracking(),
     "common_words": common_words(),
     "mrcr": mrcr(),
 }
-BY_DEPTH = ("needle", "multi_key", "passkey", "mrcr")
+BY_DEPTH = ("needle", "multi_key", "recall", "passkey", "mrcr")
 """Tasks whose depth says something; the others are drawn at random depths."""
 
 

@@ -23,7 +23,7 @@ from megalong.evaluation.documents import (
 from megalong.evaluation.haystack import Haystack, read_haystack
 from megalong.evaluation.sample import NOWHERE, Slot
 from megalong.evaluation.suite import Grid, draw_tokens, make_suite, results
-from megalong.evaluation.tasks import TASKS
+from megalong.evaluation.tasks import ADJECTIVES, NOUNS, RECALL, RECORD, TASKS
 from megalong.evaluation.tokens import PromptTokenizer
 from megalong.runtime.errors import CheckpointError, ConfigError, DataError, LayoutError
 from tests.evaluation.models import save_model
@@ -64,6 +64,23 @@ def test_the_needle_lies_at_its_depth(tokenizer):
         text = tokenizer.decode(drawn.prompt)
         at = len(tokenizer.encode(text[: text.index("The pass key is")])) / len(drawn.prompt)
         assert at == pytest.approx(depth, abs=0.12)
+
+
+def test_recall_is_running_text_that_ends_where_a_record_is_begun_again(tokenizer, tmp_path):
+    chat = save_model(tmp_path / "chat")
+    config = json.loads((chat / "tokenizer_config.json").read_text())
+    (chat / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHAT}))
+    drawn = [
+        draw_tokens("recall", 128, 0.5, random.Random(3), t, read_haystack(None, t))
+        for t in (tokenizer, PromptTokenizer(chat))
+    ]
+    assert drawn[0] == drawn[1]
+    text, answer = (tokenizer.decode(ids) for ids in (drawn[0].prompt, drawn[0].answers[0]))
+    key = text.split()[-2]
+    assert text.endswith(RECALL.format(key=key))
+    assert text.count(RECORD.format(key=key, value=answer.strip())) == 1
+    assert sum(RECORD.format(key=k, value=v) in text for k in NOUNS for v in ADJECTIVES) == 4
+    assert len(drawn[0].prompt) + len(drawn[0].answers[0]) == 128
 
 
 def test_values_of_one_key_are_asked_in_the_order_in_which_they_appear(tokenizer):
