@@ -118,13 +118,16 @@ def _train(process: launch.Process, run: Run, plan: Plan, stop: StopRequest, cla
             device.be_deterministic()
         from megalong.training.disk_space import check_disk_space
         from megalong.training.loop import StageRun
+        from megalong.training.questions import check_haystack
         from megalong.training.sequences import open_data
-        from megalong.training.start import plan_start
+        from megalong.training.start import Resumed, plan_start
     console.quiet_libraries()
     from megalong.topology.groups import initialize
 
     enter("reading what it starts from")
     start = plan_start(run)
+    if not isinstance(start, Resumed):  # what has trained goes on without it
+        check_haystack(run.config)
     check_disk_space(run, checkpoint_bytes(plan.work))
     announcements = [start.text]
     enter("opening the data")

@@ -15,9 +15,10 @@ import typer
 
 from megalong.commands.evaluating import evaluate, sample
 from megalong.commands.options import FirstIsMeant, ask
+from megalong.config.schema import QUESTIONS
 from megalong.runtime import console, launch
 
-TASKS = "needle,multi_key,multi_value,multi_query,recall,passkey,variables,common_words,mrcr"
+TASKS = ",".join(QUESTIONS)
 
 app = typer.Typer(
     cls=FirstIsMeant,

@@ -56,7 +56,7 @@ def within(**ends: Any) -> dict[str, Any]:
 
 
 def among(*choices: str) -> dict[str, Any]:
-    """Metadata of a field that holds one of a few names."""
+    """Metadata of a field that holds one of a few names, or a list of them."""
     return {CHOICES: choices}
 
 
@@ -79,16 +79,24 @@ def violations(settings: Any, prefix: str = "") -> Iterator[str]:
     """
     for f in fields(settings):
         value, key = getattr(settings, f.name), prefix + f.name
-        if CHOICES in f.metadata and value is not None and value not in f.metadata[CHOICES]:
-            yield f"{key}={value!r}: choose one of {', '.join(f.metadata[CHOICES])}."
+        if CHOICES in f.metadata:
+            if any(v is not None and v not in f.metadata[CHOICES] for v in _each(value)):
+                yield f"{key}={value!r}: choose {_one(value)} of {', '.join(f.metadata[CHOICES])}."
         elif RANGE in f.metadata:
             if hasattr(value, "value") and hasattr(value, "source"):
                 key, value = f"{key}.value", value.value
-            wrong = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-            if any(v not in f.metadata[RANGE] for v in wrong):
+            if any(v is not None and v not in f.metadata[RANGE] for v in _each(value)):
                 yield f"{key}={value}: must be {f.metadata[RANGE]}."
         elif is_dataclass(value):
             yield from violations(value, f"{key}.")
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _one(value: Any) -> str:
+    return "some" if isinstance(value, list) else "one"
 
 
 def check_limits(settings: Any, prefix: str = "", where: str = "") -> None:

@@ -17,6 +17,18 @@ LONGEST = 2**31 - 1
 """Positions and token ids are int32 in data files and kernels."""
 MOST_RANKS = 2**16
 """Along one parallel axis; far above any cluster, low enough to list the layouts of a typing error."""
+QUESTIONS = (
+    "needle",
+    "multi_key",
+    "multi_value",
+    "multi_query",
+    "recall",
+    "passkey",
+    "variables",
+    "common_words",
+    "mrcr",
+)
+"""What can be asked of a window; `megalong.evaluation.tasks` draws them."""
 
 
 @dataclass
@@ -154,7 +166,7 @@ class DataConfig:
     loader: str = one_of(("memmap", "dali"), "memmap")
     """memmap, or dali (extra `dali`)."""
     eval_sequences: int = number(2, at_least=0)
-    """Held-out sequences read for the loss by position, at the start and at the end of a stage; 0: none."""
+    """Held-out sequences read for the loss by position; 0: none, and the run is not evaluated at all."""
     max_passes: int = number(1, at_least=1)
     """How often the run may read each sequence; `tools/prepare_data.py` takes the key for how often it may use a
     document. The corpus that stands in at mini scale is read as often as it takes."""
@@ -248,6 +260,24 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What a run finds out about its model at the start of a stage, on the way and at the end, in its own layout."""
+
+    every_steps: int = number(0, at_least=0)
+    """Steps between evaluations; 0: at the start and at the end only."""
+    tasks: list[str] = field(default_factory=lambda: ["needle"], metadata=among(*QUESTIONS))
+    """Questions (docs/evaluation.md), put with the tokenizer that the weights came with; []: none."""
+    lengths: list[int] | None = number(None, at_least=2, at_most=LONGEST)
+    """Tokens of a question, at most the window. None: the window."""
+    depths: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9], metadata=within(at_least=0, at_most=1))
+    """Where the answer stands: 0 at the beginning, 1 at the end."""
+    samples: int = number(1, at_least=1, at_most=10_000)
+    """Questions of every task, length and depth."""
+    haystack: str | None = None
+    """Text that answers are hidden in, a file or folder, read over and over. None: a text that comes with megalong."""
+
+
+@dataclass
 class Config:
     """Everything a run is told."""
 
@@ -260,6 +290,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run_dir: str | None = None
     """Folder for everything the run writes. None: runs/<stage>[-<scale>]."""

@@ -25,6 +25,8 @@ from megalong.evaluation.tokens import PromptTokenizer
 from megalong.runtime.errors import DataError
 
 ALPHA, BETA = 2.0, -2.0  # the paper's: gain and log probability of a key token
+PIECES = 16
+"""Short texts of one sequence: 131,072 tokens of a base window of 8,192, a small part of a pass over a long one."""
 _DATA_FOLDER = "manifest.json"
 
 
@@ -50,6 +52,24 @@ def long_documents(source: Path, tokenizer: PromptTokenizer | None, tokens: int,
             f"{source}: none of {seen:,} documents has {tokens:,} tokens (the longest has {longest:,}). Give longer "
             "documents, or a shorter window with --window."
         )
+    return found
+
+
+def short_pieces(data: SequenceDataset, sequences: int, window: int) -> list[Tensor]:
+    """Text for the loss at short context, out of sequences spread over the data: pieces of window + 1 tokens inside one
+    document, at most PIECES of a sequence; its whole documents where all are shorter.
+
+    Returns:
+        [tokens] int64 each, at least two.
+    """
+    found, count = [], min(sequences, len(data))
+    for sequence in (i * len(data) // count for i in range(count)):
+        ends = [*data.document_starts(sequence).tolist(), data.valid_length(sequence)]
+        documents = [(a, b) for a, b in pairwise(ends) if b - a > 1]
+        pieces = [(at, at + window + 1) for a, b in documents for at in range(a, b - window, window)] or documents
+        some = min(PIECES, len(pieces))
+        for start, stop in (pieces[i * len(pieces) // some] for i in range(some)):
+            found.append(torch.from_numpy(data.read(sequence, start, stop)).long())
     return found
 
 

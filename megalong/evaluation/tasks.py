@@ -14,6 +14,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megalong.config.schema import QUESTIONS
+
 _ADJECTIVES = "amber brisk calm dusty eager frozen gentle hollow ivory jolly keen lunar mellow noble olive plain quiet"
 _ADJECTIVES += (
     " rapid silver tender upper violet wooden young zesty ancient bitter crimson distant elastic faint golden"
@@ -234,6 +236,7 @@ TASKS: dict[str, Draw] = {
     "common_words": common_words(),
     "mrcr": mrcr(),
 }
+assert tuple(TASKS) == QUESTIONS
 BY_DEPTH = ("needle", "multi_key", "recall", "passkey", "mrcr")
 """Tasks whose depth says something; the others are drawn at random depths."""
 

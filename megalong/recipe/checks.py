@@ -79,6 +79,28 @@ def check_profile(run: Run) -> None:
         raise ConfigError(f"train.profile_ranks={train.profile_ranks}: there are {ranks} ranks, from 0; no {nobody}.")
 
 
+def check_evaluation(run: Run) -> None:
+    """What is asked on the way can be asked, and every setting of it has an effect.
+
+    Raises:
+        ConfigError: naming the values that met.
+    """
+    asked = run.config.evaluation
+    if asked.every_steps and not run.config.data.eval_sequences:
+        raise ConfigError(
+            f"evaluation.every_steps={asked.every_steps} has no effect with data.eval_sequences=0, which leaves every "
+            "evaluation out: ask for at least one sequence."
+        )
+    for key, value in (("lengths", asked.lengths), ("depths", asked.depths)):
+        if value == []:
+            raise ConfigError(f"evaluation.{key}=[]: give at least one. To ask nothing: evaluation.tasks=[].")
+    if beyond := [length for length in asked.lengths or () if length > run.seq_length]:
+        raise ConfigError(
+            f"evaluation.lengths={asked.lengths}: {beyond} lie beyond the window of {run.seq_length:,} tokens, which "
+            "this run plans its memory for. tools/evaluate.py asks beyond the window."
+        )
+
+
 def check_decay(optimizer: OptimizerConfig, lr: float) -> None:
     """The learning rate's schedule is one, and every setting of it has an effect.
 

@@ -88,6 +88,7 @@ def resolve(config: Config, world_size: int | None = None) -> Run:
     )
     run = run.on(layout_for(run, world_size))
     checks.check_layout(run)
+    checks.check_evaluation(run)
     work = workload_of(run)
     recompute = best_recompute(work, config.cluster)
     checks.check_activations(config.attention.backend, replace(train, recompute=recompute))

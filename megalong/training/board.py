@@ -10,14 +10,15 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams import metadata as hparams
 
-from megalong.evaluation.results import StageEvaluation
+from megalong.evaluation.results import Moment, StageEvaluation, WindowEvaluation
 from megalong.recipe.compose import to_yaml
 from megalong.run import Run
 from megalong.runtime.console import warn
@@ -60,10 +61,13 @@ DESCRIPTIONS = {
     "checkpoint/GiB": "Size of the checkpoint, GiB.",
     "evaluation_before/last_quarter_loss": f"{HELD_OUT} Before the stage.",
     "evaluation_after/last_quarter_loss": f"{HELD_OUT} After the stage.",
+    "evaluation/last_quarter_loss": f"{HELD_OUT} At every evaluation.",
+    "evaluation/short_loss": "Mean loss of held-out text cut to the base model's window, nats per token: what a longer "
+    "window costs at the lengths that the base was made for.",
     "by_tokens/loss": "train/loss against tokens read by this stage and all before it.",
     "by_tokens/grad_norm": "train/grad_norm against tokens read by this stage and all before it.",
     "by_tokens/lr": "train/lr against tokens read by this stage and all before it.",
-    "by_tokens/held_out_last_quarter": f"{HELD_OUT} Before and after each stage, against tokens read by all of them.",
+    "by_tokens/held_out_last_quarter": f"{HELD_OUT} Of all evaluations, against tokens read by all stages.",
 }
 """What each curve shows, in which unit."""
 
@@ -84,8 +88,11 @@ CARDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "utilisation": ("train/mfu", "train/hfu"),
         "seconds of a step by phase": tuple(f"phases/{name}" for name in PHASES),
     },
+    "held-out text": {
+        "loss, nats per token": ("evaluation/last_quarter_loss", "evaluation/short_loss"),
+    },
 }
-"""Cards of the Custom Scalars page: category, title, curves."""
+"""Cards of the Custom Scalars page: category, title, curves; beside them one of the answers found, by task."""
 
 RESULTS = ("train/loss", "evaluation_before/last_quarter_loss", "evaluation_after/last_quarter_loss", "train/mfu")
 """Curves whose last value stands beside the settings on the HParams page."""
@@ -103,7 +110,7 @@ class Board:
         folder = run.run_dir / "tensorboard"
         self._by_step, self._by_tokens = EventFile(folder, step + 1), EventFile(folder / "tokens", tokens + 1)
         self._by_step.add_text("config", f"```yaml\n{to_yaml(run.config)}```", step, "Every setting of this attempt.")
-        cards = _layout().SerializeToString()
+        cards = _layout(cards_of(run.config.evaluation.tasks)).SerializeToString()
         about = custom_scalar.create_summary_metadata()
         self._by_step.add_tensor(custom_scalar.CONFIG_SUMMARY_TAG, cards, step, about)
         metrics = [summary_v2.Metric(tag) for tag in RESULTS]
@@ -121,19 +128,31 @@ class Board:
             tag = f"by_tokens/{name}"
             self._by_tokens.add_scalar(tag, value, tokens, DESCRIPTIONS.get(tag, ""))
 
-    def add_evaluation(self, run: Run, found: StageEvaluation, step: int) -> None:
-        """Loss by position so far, as a picture."""
-        from megalong.evaluation.plots import plot_loss_by_position  # matplotlib: only the first rank draws
+    def add_evaluation(self, run: Run, found: StageEvaluation, moment: Moment, when: str) -> None:
+        """Pictures of an evaluation beside that before the stage: loss by position, heat maps of questions."""
+        from megalong.evaluation.heatmap import draw  # matplotlib: only the first rank draws
+        from megalong.evaluation.plots import plot_loss_by_position
 
-        panels = {f"{run.config.stage.name}: {w.seq_length:,} tokens": w for w in (found, *found.shorter)}
+        step = moment.step
+        windows = [WindowEvaluation(found.seq_length, found.before, None), *found.shorter]
+        panels = {
+            f"{run.config.stage.name}: {w.seq_length:,} tokens": replace(w, after=None if when == "before" else curve)
+            for w, curve in zip(windows, (moment.position, *moment.shorter), strict=True)
+        }
+        then = moment.asked.named(f"after step {step} of {run.steps}", run.seq_length, run.theta)
+        before = [] if when == "before" or found.asked_before is None else [found.asked_before]
+        columns = [*(a.named("before the stage", run.seq_length, run.theta) for a in before), then]
         file = io.BytesIO()
         try:
             plot_loss_by_position(panels, file, f"after step {step} of {run.steps}")
+            about = "Held-out loss against position in the window, before the stage and, once it is done, after it."
+            self._by_step.add_png("evaluation/loss_by_position", file.getvalue(), step, about)
+            for task in dict.fromkeys(c.task for c in then.cells if c.depth is not None):
+                shown = [e for e in columns if any(c.task == task for c in e.cells)]
+                about = f"{task}: share of answers found, by the depth at which they stand and the question's length."
+                self._by_step.add_png(f"evaluation/{task}", draw(shown, task), step, about)
         except OSError as error:  # matplotlib keeps its list of fonts on the disk
-            warn(f"the loss by position is not drawn for TensorBoard: {error.strerror or error}")
-            return
-        about = "Held-out loss against position in the window, before the stage and, once it is done, after it."
-        self._by_step.add_png("evaluation/loss_by_position", file.getvalue(), step, about)
+            warn(f"the evaluation is not drawn for TensorBoard: {error.strerror or error}")
 
     def finished(self, step: int) -> None:
         """Mark the run as done on the HParams page."""
@@ -154,9 +173,22 @@ class Board:
 
 def described(tag: str) -> str:
     """What a curve shows; empty where that is not known."""
+    if found := re.fullmatch(accuracy_tag(r"(\w+)"), tag):
+        return f"{found[1]}: share of answers that greedy decoding would write, mean over lengths and depths."
     curve, _, window = tag.partition(BY_WINDOW)
     text = DESCRIPTIONS.get(curve, "")
     return f"{text} Sequences of {int(window):,} tokens." if text and window else text
+
+
+def accuracy_tag(task: str) -> str:
+    """The curve of a task's answers."""
+    return f"evaluation/{task}_accuracy"
+
+
+def cards_of(tasks: Sequence[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
+    """The cards of a run that asks these."""
+    answers = {"answers": {"answers found, share": tuple(map(accuracy_tag, tasks))}}
+    return {**CARDS, **(answers if tasks else {})}
 
 
 def hyperparameters(run: Run) -> dict[str, str | int | float | bool]:
@@ -189,7 +221,7 @@ def hyperparameters(run: Run) -> dict[str, str | int | float | bool]:
     }
 
 
-def _layout() -> layout_pb2.Layout:
+def _layout(cards: Mapping[str, Mapping[str, tuple[str, ...]]]) -> layout_pb2.Layout:
     def chart(title: str, tags: tuple[str, ...]) -> layout_pb2.Chart:
         exactly = [f"^{re.escape(tag)}$" for tag in tags]
         return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=exactly))
@@ -197,6 +229,6 @@ def _layout() -> layout_pb2.Layout:
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(title=title, chart=[chart(name, tags) for name, tags in charts.items()])
-            for title, charts in CARDS.items()
+            for title, charts in cards.items()
         ]
     )

@@ -1,4 +1,4 @@
-"""One stage from its start to its last checkpoint: canary, evaluate, train, save, evaluate.
+"""One stage from its start to its last checkpoint: canary, evaluate, train, evaluate and save on the way, evaluate.
 
 Everything the run writes lies in run_dir.
 """
@@ -22,7 +22,7 @@ from megalong.training.agreement import Agreement, agree
 from megalong.training.beside import Beside
 from megalong.training.canary import run_canary
 from megalong.training.claim import RunClaim
-from megalong.training.evaluate import evaluate_stage
+from megalong.training.evaluate import Evaluations, lacks_its_end
 from megalong.training.finite import ADVICE, NonFiniteError
 from megalong.training.metrics import Metrics
 from megalong.training.phases import ATTENTION
@@ -81,17 +81,20 @@ class StageRun:
     def _run(self) -> int:
         run, state = self.settings, self.state
         if state.step >= run.stop_after:
-            say(f"nothing left to do: step {state.step} of {run.stop_after} is saved in {self.saver.root}")
-            return EXIT_OK
+            return self._nothing_left()
         enter("canary")
         if run_canary(state.model) and run.layout.cp > 1:
             say(f"canary: information crosses all {run.layout.cp} context-parallel ranks and nothing leaks")
         together(lambda: begin(run, state) if self.first else None)
-        tokens = state.cursor.consumed_samples * run.seq_length
-        metrics = Metrics(run, state.step, self.first, tokens, state.tokens_before)
-        if self._agree(0.0).stop:
+        metrics = self._metrics()
+        if self._stop_asked():
             return self._stopped(metrics, "before its first step")
-        evaluate_stage(run, state, self.data.held_out, "before", metrics)
+        evaluations = self._evaluations(metrics)
+        evaluations.before()
+        if evaluations.due:  # the run was stopped there
+            evaluations.under_way()
+        if self._stop_asked():
+            return self._stopped(metrics, "before its first step")
         say(self.beside.summary())
         watching = watchers(run, state, self.beside)
         live.begin_stage(run.config.stage.name, state.step, run.steps)
@@ -104,6 +107,10 @@ class StageRun:
                 self.saver.commit(metrics)
             if word.stop:
                 return self._stopped(metrics, f"after step {state.step}")
+            if evaluations.due:
+                evaluations.under_way()
+                if self._stop_asked():
+                    return self._stopped(metrics, f"after step {state.step}")
             if word.save and state.step < run.stop_after:
                 self.saver.save(state, contents_of(state, run), metrics)
         if state.skipped >= state.step:
@@ -111,10 +118,31 @@ class StageRun:
                 f"none of the {state.step} steps of this stage changed the weights: every loss or gradient was not "
                 f"finite. Nothing is saved as its end. {ADVICE}"
             )
-        if state.step >= run.steps:
-            evaluate_stage(run, state, self.data.held_out, "after", metrics)
+        if state.step >= run.steps and not evaluations.after():
+            return self._stopped(metrics, f"after step {state.step}, which was not evaluated")
         self._finish(metrics)
         return EXIT_OK
+
+    def _nothing_left(self) -> int:
+        """All steps are done and saved; what is left is at most an evaluation that a signal came before."""
+        run, step = self.settings, self.state.step
+        say(f"nothing left to do: step {step} of {run.stop_after} is saved in {self.saver.root}")
+        if lacks_its_end(run, self.state, self.data.held_out):
+            metrics = self._metrics()
+            self._evaluations(metrics).after()
+            metrics.close()
+        return EXIT_OK
+
+    def _metrics(self) -> Metrics:
+        state = self.state
+        tokens = state.cursor.consumed_samples * self.settings.seq_length
+        return Metrics(self.settings, state.step, self.first, tokens, state.tokens_before)
+
+    def _evaluations(self, metrics: Metrics) -> Evaluations:
+        return Evaluations(self.settings, self.state, self.data.held_out, metrics, self._stop_asked)
+
+    def _stop_asked(self) -> bool:
+        return self._agree(0.0).stop
 
     def _agree(self, kernel_seconds: float) -> Agreement:
         return agree(

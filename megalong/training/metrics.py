@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalong.evaluation.results import StageEvaluation
+from megalong.evaluation.results import Moment, StageEvaluation
 from megalong.planning.plan import utilisation
 from megalong.planning.workload import workload_of
 from megalong.run import Run
@@ -20,7 +20,7 @@ from megalong.runtime.console import say, warn
 from megalong.runtime.files import write_text
 from megalong.runtime.json_file import parse
 from megalong.runtime.live import clock
-from megalong.training.board import Board
+from megalong.training.board import BY_WINDOW, Board, accuracy_tag
 from megalong.training.phases import shares
 from megalong.training.records import METRICS, JsonLines
 from megalong.training.steps import Done
@@ -109,24 +109,32 @@ class Metrics:
             for name, value in values.items():
                 self._board.add(f"{prefix}/{name}", value, step)
 
-    def evaluated(self, found: StageEvaluation, step: int, tokens: int) -> None:
-        """Record an evaluation, the newest of `found`.
+    def evaluated(self, found: StageEvaluation, moment: Moment, when: str, tokens: int) -> None:
+        """Record an evaluation.
 
         Args:
+            found: all evaluations of the stage, `moment` among them.
+            when: before, under_way or after.
             tokens: read since the start of the stage.
         """
         if self._board is None:
             return
-        when, curve = ("before", found.before) if found.after is None else ("after", found.after)
-        if curve.last_quarter is not None:
-            self._board.add(f"evaluation_{when}/last_quarter_loss", curve.last_quarter, step)
-            self._board.add_by_tokens({"held_out_last_quarter": curve.last_quarter}, self.tokens_before + tokens)
-        for window in found.shorter:
-            shorter = window.before if window.after is None else window.after
-            if shorter.last_quarter is not None:
-                tag = f"evaluation_{when}/last_quarter_loss_window_{window.seq_length}"
-                self._board.add(tag, shorter.last_quarter, step)
-        self._board.add_evaluation(self._run, found, step)
+        groups = ["evaluation"] + ([f"evaluation_{when}"] if when != "under_way" else [])
+        windows = [w.seq_length for w in found.shorter]
+        curves = [("", moment.position), *zip((f"{BY_WINDOW}{w}" for w in windows), moment.shorter, strict=True)]
+        for group in groups:
+            for suffix, curve in curves:
+                if curve.last_quarter is not None:
+                    self._board.add(f"{group}/last_quarter_loss{suffix}", curve.last_quarter, moment.step)
+        if moment.position.last_quarter is not None:
+            along = {"held_out_last_quarter": moment.position.last_quarter}
+            self._board.add_by_tokens(along, self.tokens_before + tokens)
+        if moment.asked.short_loss is not None:
+            self._board.add("evaluation/short_loss", moment.asked.short_loss, moment.step)
+        scores = moment.asked.named("", self._run.seq_length, self._run.theta)
+        for task, accuracy in scores.accuracy.items():
+            self._board.add(accuracy_tag(task), accuracy, moment.step)
+        self._board.add_evaluation(self._run, found, moment, when)
         self._board.flush()
 
     def flush(self) -> None:

@@ -132,6 +132,21 @@ MISTAKES = {
         file_limit=2000,
     ),
     "busy port": Mistake(f"{OF_BASE} topology.dp=2", ("port", "cannot be used"), lines=4, port=True),
+    # what it is asked
+    "a question that there is none of": Mistake(
+        f"{OF_BASE} evaluation.tasks=[needle,nedle]",
+        ("evaluation.tasks=['needle', 'nedle']: choose some of needle, multi_key", "mrcr"),
+    ),
+    "a question beyond the window": Mistake(
+        f"{OF_BASE} evaluation.lengths=[512]", ("[512] lie beyond the window of 256 tokens", "tools/evaluate.py")
+    ),
+    "no depth": Mistake(f"{OF_BASE} evaluation.depths=[]", ("give at least one", "evaluation.tasks=[]")),
+    "evaluated on nothing": Mistake(
+        f"{OF_BASE} evaluation.every_steps=2 data.eval_sequences=0", ("no effect with data.eval_sequences=0",)
+    ),
+    "a haystack that is nowhere": Mistake(
+        f"{OF_BASE} evaluation.haystack=nowhere", ("evaluation.haystack=nowhere: there is no such file or folder.",)
+    ),
     # data
     "data is nowhere": Mistake(f"{TRAIN} init_from=base data.path=nowhere", ("no data folder nowhere",)),
     "data is no data": Mistake(f"{TRAIN} init_from=base data.path=base", ("base has no manifest.json",)),

@@ -27,6 +27,7 @@ FREE = {
     "cluster.name",
     "cluster.gpu",
     "checkpoint.allow_changed",
+    "evaluation.haystack",
     "model.rope_scaling",
     "stage.rope_scaling",
 }
@@ -150,6 +151,8 @@ WRONG = {
     "cluster.nodes.value=1.5": "cluster.nodes.value=1.5: must be a whole number, at least 1.",
     "cluster.spine_share.value=1.1": "cluster.spine_share.value=1.1: must be above 0 and at most 1.",
     "cluster.memory_gib.value=nan": "cluster.memory_gib.value=nan: must be above 0.",
+    "evaluation.tasks=[needle,nedle]": "evaluation.tasks=['needle', 'nedle']: choose some of needle, multi_key, ",
+    "evaluation.depths=[0.5,1.5]": "evaluation.depths=[0.5, 1.5]: must be at least 0 and at most 1.",
     "cluster.device=tpu": "cluster.device='tpu': choose one of cuda, cpu.",
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,25 +19,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megalong.checkpoint import pointer
 from megalong.checkpoint.info import read_info, write_info
+from megalong.data.builtin import builtin_tokenizer
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.ranks import RankPool
-from megalong.training.board import CARDS, DESCRIPTIONS, RESULTS
+from megalong.training.board import DESCRIPTIONS, RESULTS, accuracy_tag, cards_of
+from megalong.training.sequences import CACHE
+from tests.llamas import hf_config, save_hf
 from tests.training.runs import metrics, run_stage, stage_run
 
 Ask = Callable[..., Any]
 FIRST, SECOND = "65k/tensorboard", "262k/tensorboard"
 STEPS = {FIRST: 3, SECOND: 2}
+ASKED = ("recall",)
 
 
 @pytest.fixture(scope="module")
 def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 65k in two attempts, the first of which is cut off after a step that was not saved; 262k from it."""
     folder = tmp_path_factory.mktemp("runs")
+    mini = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "head_dim": 32}
+    save_hf(folder / "base", hf_config(**mini, max_position_embeddings=32))
+    shutil.copytree(builtin_tokenizer(CACHE, 512), folder / "base", dirs_exist_ok=True)
     first = ["train.steps=3", "data.eval_sequences=2", "train.global_batch_size=1", "model.vocab_size=512"]
+    first += [f"evaluation.tasks=[{','.join(ASKED)}]", f"init_from={folder / 'base'}"]
     ranks.run(run_stage, 1, str(folder / "65k"), *first, "train.stop_after=2", "checkpoint.save_steps=1")
     pointer.set_aside(pointer.folder_of(folder / "65k/checkpoints", 2), "lost")
     ranks.run(run_stage, 1, str(folder / "65k"), *first)
-    second = ["train.steps=2", *first[1:], f"init_from={folder / '65k'}"]
+    second = ["train.steps=2", *first[1:-1], f"init_from={folder / '65k'}"]
     ranks.run(second_stage, 1, str(folder / "262k"), *second)
     return folder
 
@@ -80,7 +89,7 @@ def test_every_scalar_has_a_description_and_no_description_is_left_over(ask: Ask
             seen[tag] = about["description"]
     # pages show Markdown as HTML
     assert {tag for tag, text in seen.items() if len(text) < 20} == set()
-    assert seen.keys() == DESCRIPTIONS.keys()
+    assert seen.keys() == {*DESCRIPTIONS, *map(accuracy_tag, ASKED)}
 
 
 def points(ask: Ask, run: str, tag: str) -> list[tuple[int, float]]:
@@ -107,7 +116,7 @@ def test_the_token_axis_goes_on_over_stages(ask: Ask, runs: Path) -> None:
 def test_predicted_and_actual_share_a_card_and_every_card_has_its_curves(ask: Ask) -> None:
     layout = ask("custom_scalars/layout")
     charts = {chart["title"]: chart["multiline"]["tag"] for part in layout["category"] for chart in part["chart"]}
-    assert [len(part["chart"]) for part in layout["category"]] == [len(cards) for cards in CARDS.values()]
+    assert [len(part["chart"]) for part in layout["category"]] == [len(cards) for cards in cards_of(ASKED).values()]
     for title, curves in charts.items():
         where = f"{SECOND}/tokens" if "by_tokens" in curves[0] else SECOND
         for curve in curves:
@@ -148,6 +157,9 @@ def test_each_evaluation_is_a_picture(ask: Ask) -> None:
         assert imread(BytesIO(after)).shape[0] > 300
         tags = ask("images/tags")[run]
         assert "before the stage and, once" in tags["evaluation/loss_by_position"]["description"]
+        maps = ask("images/images", run=run, tag="evaluation/recall", sample="0")
+        assert [image["step"] for image in maps] == [0, steps]
+        assert "recall: share of answers found" in tags["evaluation/recall"]["description"]
 
 
 def test_other_readers_find_the_scalars_where_they_always_were(runs: Path) -> None:
