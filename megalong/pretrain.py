@@ -141,7 +141,7 @@ def _train(process: launch.Process, run: Run, plan: Plan, stop: StopRequest, cla
         f"{process.world_size} ranks ({device.device().type}), {run.steps} steps of "
         f"{run.global_batch_size} sequences, {config.precision}, run_dir {run.run_dir}"
     )
-    for line in [parts(config, device.on_cuda()), *announcements]:
+    for line in [parts(config, device.capability()), *announcements]:
         console.say(line)
     return StageRun(run, plan, start, data, stop, claim).run()
 

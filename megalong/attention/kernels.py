@@ -82,14 +82,13 @@ class Reference:
         return scores
 
 
-def fastest(capability: tuple[int, int], head_dim: int) -> str:
+def fastest(capability: tuple[int, int], head_dim: int, deterministic: bool) -> str:
     """The CUDA kernel that `attention.kernel=auto` takes on a device of this compute capability.
 
     On 9.0 cuDNN is 1.7 to 2.3 times as fast as flash attention 2, on 8.9 alike, on 8.0 and 8.6 slower (transformers
     #48163, flash-attention #1893). Its backward is not deterministic in torch (pytorch #182551), flash attention's is
     where torch is told to be.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
     fits = head_dim <= kernels_cuda.CudnnFlash.max_head_dim
     return "cudnn" if capability[0] == 9 and fits and not deterministic else "cuda_flash"
 
@@ -131,7 +130,8 @@ def select(
             "(attention.kernel=reference runs any dtype, but only for short windows)."
         )
     if name == "auto":
-        name = fastest(capability or torch.cuda.get_device_capability(device), head_dim)
+        capability = capability or torch.cuda.get_device_capability(device)
+        name = fastest(capability, head_dim, torch.are_deterministic_algorithms_enabled())
     if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
         raise ConfigError(
             "attention.kernel=cudnn has no deterministic backward in torch: use attention.kernel=auto, which takes "

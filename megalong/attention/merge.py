@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import torch
 
+from megalong.runtime.fused import fused
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of running outputs and gradients for inputs of `dtype`: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@fused
 def merge_(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> None:
     """Add the partial attention (out_b, lse_b) to the running (out, lse), in place.
 

@@ -217,6 +217,9 @@ class TrainConfig:
     """Who updates the weights. auto: on a GPU the first of them that is installed, on CPU ranks torch."""
     norm: str = one_of(("auto", "apex", "torch"), "auto")
     """Who computes RMSNorm, where not Transformer Engine's layers do. auto: apex on a GPU where it is installed."""
+    elementwise: str = one_of(("auto", "triton", "torch"), "auto")
+    """Who computes rotation, SwiGLU, torch's RMSNorm and the merge of partial attention. triton: one kernel each, by
+    torch.compile. auto: triton on a GPU where it is installed, and not where `deterministic` is set."""
     profile: list[int] | None = number(None, at_least=1)
     """Steps, counted from 1, of which torch's profiler writes a trace into run_dir/profile. None: of none."""
     profile_ranks: list[int] = field(default_factory=lambda: [0], metadata=within(at_least=0, at_most=MOST_RANKS))

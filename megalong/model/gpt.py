@@ -30,7 +30,7 @@ from megalong.model.shape import padded_vocab_size
 from megalong.model.spec import block_spec
 from megalong.rope.frequencies import rotary_frequencies
 from megalong.run import Run
-from megalong.runtime import device
+from megalong.runtime import device, fused
 
 
 def rope_of(run: Run) -> tuple[Tensor, float]:
@@ -136,6 +136,7 @@ class LlamaModel(GPTModel):
             seq_length,
             parallel_state.get_context_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
+            turns=config.params_dtype if fused.in_use() else None,
         )
         self.real_vocab_size = model.vocab_size
         self.loss_chunk = run.config.train.loss_chunk
@@ -228,6 +229,7 @@ def build_module(run: Run) -> torch.nn.Module:
     """
     model_parallel_cuda_manual_seed(run.config.seed)
     torch.manual_seed(run.config.seed)
+    fused.choose(run.config.train.elementwise, run.config.train.deterministic)
     megatron_config = transformer_config(run)
     module: torch.nn.Module = LlamaModel(
         megatron_config,

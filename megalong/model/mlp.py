@@ -24,8 +24,21 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn.functional import silu
 
+from megalong.model.elementwise import FusedSwiGLU, silu_times, silu_times_backward
 from megalong.model.head import add_to_main_grad
 from megalong.model.norm import RMSNorm
+
+
+class FusedMLP(MLP):
+    """megatron-core's MLP with one kernel between its linears, where functions are compiled (`runtime/fused.py`)."""
+
+    def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+        """As megatron's: [S / tp, B, hidden] to the same shape, and the second bias."""
+        assert not any(value is not None for value in rest.values()), rest
+        assert self.config.gated_linear_unit, "a Llama's MLP is gated"
+        assert self.config.activation_func is silu, self.config.activation_func
+        wide, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(FusedSwiGLU.apply(wide if bias is None else wide + bias))
 
 
 def tiled_mlp(norm: RMSNorm, mlp: MLP, x_SBH: Tensor, chunk: int, needed: bool) -> Tensor:
@@ -74,8 +87,7 @@ class _TiledMLP(torch.autograd.Function):
         normed = parts.normed(x)
         out = torch.empty_like(normed)
         for tile in parts.tiles(len(normed)):
-            gate, up = _wide(normed[tile], w1, b1).chunk(2, dim=-1)
-            out[tile] = torch.matmul(silu(gate).mul_(up), w2.t())
+            out[tile] = torch.matmul(silu_times(_wide(normed[tile], w1, b1)), w2.t())
         return _reduce_scatter_along_first_dim(out, parts.group)
 
     @staticmethod
@@ -87,15 +99,9 @@ class _TiledMLP(torch.autograd.Function):
         bias = None if b1 is None else torch.zeros_like(b1, dtype=torch.float32)
         for tile in parts.tiles(len(normed)):
             wide = _wide(normed[tile], w1, b1)
-            gate, up = wide.chunk(2, dim=-1)
-            gated = silu(gate)
-            add_to_main_grad(w2, _rows(grad[tile]).t().matmul(_rows(gated * up)))
-            g_product = grad[tile].matmul(w2)
-            g_wide = torch.empty_like(wide)
-            g_gate, g_up = g_wide.chunk(2, dim=-1)
-            torch.mul(g_product, gated, out=g_up)
-            g_gate.copy_(torch.ops.aten.silu_backward(g_product.mul_(up), gate))
-            del wide, gate, up, gated, g_product
+            add_to_main_grad(w2, _rows(grad[tile]).t().matmul(_rows(silu_times(wide))))
+            g_wide = silu_times_backward(grad[tile].matmul(w2), wide)
+            del wide
             add_to_main_grad(w1, _rows(g_wide).t().matmul(_rows(normed[tile])))
             if bias is not None:
                 bias += _rows(g_wide).sum(0)

@@ -9,7 +9,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megalong.runtime import device, packages
+from megalong.model.elementwise import FusedRMSNorm, rms_norm
+from megalong.runtime import device, fused, packages
 
 
 class RMSNorm(nn.Module):
@@ -32,18 +33,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> same shape and dtype."""
-        x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        norm = FusedRMSNorm.apply if fused.in_use() else rms_norm
+        return norm(x, self.weight, self.eps)
 
 
 class ApexRMSNorm:
     """apex's fused RMSNorm (apex/normalization/fused_layer_norm.py), built as megatron-core builds a norm."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> nn.Module:  # type: ignore[misc]
-        from apex.normalization import FusedRMSNorm
+        from apex import normalization
 
-        norm: nn.Module = FusedRMSNorm(hidden_size, eps=eps).to(config.params_dtype)
+        norm: nn.Module = normalization.FusedRMSNorm(hidden_size, eps=eps).to(config.params_dtype)
         norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
         return norm
 

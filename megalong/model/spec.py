@@ -18,14 +18,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
 from torch.nn import Module
 
 from megalong.attention.core import CoreAttention
 from megalong.config.schema import AttentionConfig, ModelConfig, TrainConfig
+from megalong.model.elementwise import FusedRotation
 from megalong.model.host import Host
 from megalong.model.layer import Layer
+from megalong.model.mlp import FusedMLP
 from megalong.model.norm import RMSNorm
-from megalong.runtime import packages
+from megalong.runtime import fused, packages
 from megalong.runtime.errors import ConfigError
 
 
@@ -41,6 +44,32 @@ class BiasedRowParallelLinear(RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "bias": True})
+
+
+class FusedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with one kernel to rotate queries, and one for keys, where functions are compiled
+    (`runtime/fused.py`). `rotary_pos_emb` is then what `LocalRotaryEmbedding` gives with `turns`."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._table = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        finally:
+            del self._table
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return FusedRotation.apply(query, self._table), FusedRotation.apply(key, self._table), value
+
+
+def _attention_class() -> type[SelfAttention]:
+    return FusedSelfAttention if fused.in_use() else SelfAttention
+
+
+def _mlp_class() -> type[MLP]:
+    return FusedMLP if fused.in_use() else MLP
 
 
 def block_spec(
@@ -83,7 +112,7 @@ def _local_layer(model: ModelConfig, attention: AttentionConfig, train: TrainCon
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=_attention_class(),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
@@ -93,7 +122,7 @@ def _local_layer(model: ModelConfig, attention: AttentionConfig, train: TrainCon
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
+            mlp=ModuleSpec(module=_mlp_class(), submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
             mlp_bda=get_bias_dropout_add,
             # On disk the norms carry the names of the Transformer Engine spec, so either spec loads the other's files.
             sharded_state_dict_keys_map={
@@ -110,4 +139,8 @@ def _transformer_engine_spec(model: ModelConfig, config: TransformerConfig) -> A
         raise ConfigError("attention.backend=transformer_engine cannot bias attention and MLP separately.")
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.module = _attention_class()
+        layer.submodules.mlp.module = _mlp_class()
+    return block

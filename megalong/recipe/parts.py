@@ -24,7 +24,15 @@ def check_packages(config: Config) -> None:
         packages.require(packages.APEX_ADAM, "train.adam=apex", "train.adam=auto")
     if train.norm == "apex":
         packages.require(packages.APEX_NORM, "train.norm=apex", "train.norm=auto")
-    fused = {k: v for k, v in (("train.adam", train.adam), ("train.norm", train.norm)) if v not in ("auto", "torch")}
+    if train.elementwise == "triton" and train.deterministic:
+        raise ConfigError(
+            "train.elementwise=triton with train.deterministic=true: Triton sums in tiles of the size that it finds "
+            "fastest, which may differ from run to run. Use train.elementwise=auto."
+        )
+    if train.elementwise == "triton":
+        packages.require(packages.TRITON, "train.elementwise=triton", "train.elementwise=auto")
+    chosen = {"train.adam": train.adam, "train.norm": train.norm, "train.elementwise": train.elementwise}
+    fused = {k: v for k, v in chosen.items() if v not in ("auto", "torch")}
     if fused and not _cuda_is_here():
         given = " ".join(f"{k}={v}" for k, v in fused.items())
         raise ConfigError(f"{given} needs a GPU, and there is none here: use {' '.join(f'{k}=auto' for k in fused)}.")
@@ -36,13 +44,16 @@ def _cuda_is_here() -> bool:
     return on_cuda()
 
 
-def parts(config: Config, cuda: bool) -> str:
-    """One line for the start of a run: who does the work, and in whose place."""
+def parts(config: Config, capability: tuple[int, int] | None) -> str:
+    """One line for the start of a run: who does the work, and in whose place.
+
+    Args:
+        capability: compute capability of the GPU; None: there is none.
+    """
+    cuda = capability is not None
     adam = packages.adam(config.train.adam, cuda)
     optimizer = {"transformer_engine": "Transformer Engine FusedAdam", "apex": "apex FusedAdam"}.get(adam)
-    norm, kernel = packages.norm(config.train.norm, cuda), config.attention.kernel
-    if kernel == "auto":
-        kernel = "cuda_flash" if cuda else "cpu_flash"
+    norm, kernel = packages.norm(config.train.norm, cuda), _kernel(config, capability)
     if config.attention.backend == "transformer_engine":
         norms, kernel = "Transformer Engine", "Transformer Engine"
     else:
@@ -50,4 +61,28 @@ def parts(config: Config, cuda: bool) -> str:
             "apex FusedRMSNorm" if norm == "apex" else "torch RMSNorm" + packages.why_not_apex(packages.APEX_NORM, cuda)
         )
     optimizer = optimizer or "torch AdamW" + packages.why_not_apex(packages.APEX_ADAM, cuda)
-    return f"optimizer: {optimizer}; norm: {norms}; attention kernel: {kernel}; data: {config.data.loader}"
+    return (
+        f"optimizer: {optimizer}; norm: {norms}; attention kernel: {kernel}; "
+        f"elementwise: {_elementwise(config, cuda)}; data: {config.data.loader}"
+    )
+
+
+def _kernel(config: Config, capability: tuple[int, int] | None) -> str:
+    from megalong.attention.kernels import fastest  # imports torch
+
+    kernel, measured = config.attention.kernel, config.cluster.attention_kernel
+    if kernel != "auto":
+        return kernel
+    if capability is None:
+        return "cpu_flash"
+    deterministic = config.train.deterministic
+    if measured != "auto" and not deterministic:
+        return measured
+    return fastest(capability, config.model.head_dim, deterministic)
+
+
+def _elementwise(config: Config, cuda: bool) -> str:
+    wanted, deterministic = config.train.elementwise, config.train.deterministic
+    if packages.elementwise(wanted, cuda, deterministic) == "triton":
+        return "Triton kernels by torch.compile"
+    return "torch operators" + ("" if wanted == "torch" else packages.why_not_triton(cuda, deterministic))

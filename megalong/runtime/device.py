@@ -45,6 +45,11 @@ def on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU, (9, 0) of a Hopper; None on the CPU."""
+    return torch.cuda.get_device_capability() if on_cuda() else None
+
+
 def be_deterministic() -> None:
     """Only operators that give the same bits in every run; before the first use of CUDA.
 

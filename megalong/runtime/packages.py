@@ -6,6 +6,7 @@ are, which its fused optimizer and norms call; PyPI's `apex` is another package.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from megalong.runtime.errors import ConfigError
 
 ADAMS = ("auto", "transformer_engine", "apex", "torch")
 NORMS = ("auto", "apex", "torch")
+ELEMENTWISE = ("auto", "triton", "torch")
 _APEX = "build it from https://github.com/NVIDIA/apex with its C++ and CUDA extensions (PyPI's apex is another package)"
 
 
@@ -37,6 +39,7 @@ TRANSFORMER_ENGINE = Package(
     "Transformer Engine", ("transformer_engine.pytorch",), "pip install 'megalong[gpu]' on a CUDA machine"
 )
 DALI = Package("NVIDIA DALI", ("nvidia.dali",), "pip install 'megalong[dali]'")
+TRITON = Package("Triton", ("triton",), "it comes with torch's CUDA wheels, or pip install triton")
 APEX_ADAM = Package("apex", ("apex.optimizers", "amp_C"), _APEX)
 APEX_NORM = Package("apex", ("apex.normalization", "fused_layer_norm_cuda"), _APEX)
 
@@ -96,6 +99,32 @@ def norm(wanted: str, cuda: bool) -> str:
     if wanted != "auto":
         return wanted
     return "apex" if cuda and APEX_NORM.is_here else "torch"
+
+
+def elementwise(wanted: str, cuda: bool, deterministic: bool) -> str:
+    """Who computes chains of elementwise operators: triton or torch.
+
+    Args:
+        wanted: one of `ELEMENTWISE`.
+        cuda: whether activations lie on a GPU.
+        deterministic: results are the same in every run; triton's are those of the tiles that it finds fastest.
+    """
+    assert wanted in ELEMENTWISE, wanted
+    if wanted != "auto":
+        return wanted
+    return "torch" if why_not_triton(cuda, deterministic) else "triton"
+
+
+def why_not_triton(cuda: bool, deterministic: bool) -> str:
+    """In brackets behind what runs in the place of triton; empty where it can run."""
+    if not cuda:
+        return " (triton needs a GPU)"
+    if deterministic:
+        return " (train.deterministic)"
+    if not TRITON.is_here:
+        return " (triton not installed)"
+    # it compiles the launcher of each kernel (triton/runtime/build.py)
+    return "" if shutil.which("gcc") or shutil.which("clang") else " (triton needs gcc or clang)"
 
 
 def why_not_apex(package: Package, cuda: bool) -> str:

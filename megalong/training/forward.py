@@ -84,13 +84,14 @@ def _run(
         batch = timed(DATA, next, source)
         enter(phase)
         part("micro-batch", number, micro_batches)
-        mask = batch["loss_mask"].to(target)
+        # from pinned memory: the host goes on while they are copied
+        tokens, labels, mask = (batch[k].to(target, non_blocking=True) for k in ("tokens", "labels", "loss_mask"))
         losses = chunk(
-            input_ids=batch["tokens"].to(target),
+            input_ids=tokens,
             position_ids=None,
             # not a mask: boundaries travel by the one tensor that recompute hands to attention again
             attention_mask=batch["document_starts"],
-            labels=batch["labels"].to(target),
+            labels=labels,
         )
         return losses, partial(loss, mask=mask)
 

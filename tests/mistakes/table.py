@@ -160,6 +160,9 @@ MISTAKES = {
         torchrun=2,
     ),
     # packages
+    "Triton for a deterministic run": Mistake(
+        f"{TRAIN} train.elementwise=triton train.deterministic=true", ("may differ from run to run", "elementwise=auto")
+    ),
     "no Transformer Engine": Mistake(
         f"{OF_BASE} attention=transformer_engine", ("pip install 'megalong[gpu]'", "backend=megalong"), torchrun=2
     ),

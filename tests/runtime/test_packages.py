@@ -3,6 +3,7 @@
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
 
 from megalong.recipe.parts import check_packages, parts
 from megalong.recipe.resolve import run_of
-from megalong.runtime import packages
+from megalong.runtime import fused, packages
 from megalong.runtime.errors import ConfigError
 from megalong.runtime.ranks import RankPool
 from megalong.topology.groups import initialize
@@ -21,6 +22,7 @@ from megalong.training.adam import choose_adam
 
 REPO = Path(__file__).parents[2]
 MINI = ("+stage=65k", "+scale=mini")
+L40S = (8, 9)
 FUSED_ADAM = """
 import torch
 class FusedAdam(torch.optim.Optimizer):
@@ -47,21 +49,52 @@ def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_apex_torch_does_the_work_and_the_run_says_so() -> None:
     config = run_of(MINI, 1).config
-    for cuda, kernel in ((True, "cuda_flash"), (False, "cpu_flash")):
-        assert parts(config, cuda) == (
+    missing, not_there = "triton not installed", "triton needs a GPU"
+    for gpu, kernel, why in (((9, 0), "cudnn", missing), (L40S, "cuda_flash", missing), (None, "cpu_flash", not_there)):
+        assert parts(config, gpu).startswith(
             "optimizer: torch AdamW (apex not installed); norm: torch RMSNorm (apex not installed); "
-            f"attention kernel: {kernel}; data: memmap"
+            f"attention kernel: {kernel}; elementwise: torch operators ({why}"
         )
+        assert parts(config, gpu).endswith("; data: memmap")
+
+
+def test_chains_of_operators_are_compiled_on_a_gpu_with_triton_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "triton.py").write_text("raise AssertionError('looked for, not imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = ["gcc"]
+    monkeypatch.setattr(packages.shutil, "which", lambda name: name if name in there else None)
+
+    def said(gpu: tuple[int, int] | None, *words: str) -> str:
+        return re.search("elementwise: (.*);", parts(run_of([*MINI, *words], 1).config, gpu)).group(1)
+
+    assert said(L40S) == said(L40S, "train.elementwise=triton") == "Triton kernels by torch.compile"
+    assert said(None) == "torch operators (triton needs a GPU)"
+    assert said(L40S, "train.elementwise=torch") == "torch operators"
+    assert said(L40S, "train.deterministic=true") == "torch operators (train.deterministic)"
+    there.clear()
+    assert said(L40S) == "torch operators (triton needs gcc or clang)"
+    assert fused.choose("auto", False) is torch.cuda.is_available()
+
+
+def test_the_kernel_that_was_measured_or_that_deterministic_leaves_is_named() -> None:
+    config = run_of(MINI, 1).config
+    measured = replace(config, cluster=replace(config.cluster, attention_kernel="cuda_flash"))
+    deterministic = replace(config, train=replace(config.train, deterministic=True))
+    for one in (measured, deterministic):
+        assert "attention kernel: cuda_flash;" in parts(one, (9, 0))
 
 
 def test_where_apex_is_installed_a_gpu_uses_it_and_a_cpu_does_not(apex: Path) -> None:
     config = run_of([*MINI, "data.loader=dali", "attention.kernel=cudnn"], 1).config
-    assert parts(config, True) == (
-        "optimizer: apex FusedAdam; norm: apex FusedRMSNorm; attention kernel: cudnn; data: dali"
+    assert parts(config, L40S) == (
+        "optimizer: apex FusedAdam; norm: apex FusedRMSNorm; attention kernel: cudnn; "
+        "elementwise: torch operators (triton not installed); data: dali"
     )
-    assert parts(config, False).startswith("optimizer: torch AdamW (apex needs a GPU); norm: torch RMSNorm (apex needs")
+    assert parts(config, None).startswith("optimizer: torch AdamW (apex needs a GPU); norm: torch RMSNorm (apex needs")
     torchs = run_of([*MINI, "train.adam=torch", "train.norm=torch"], 1).config
-    assert parts(torchs, True).startswith("optimizer: torch AdamW; norm: torch RMSNorm;")
+    assert parts(torchs, L40S).startswith("optimizer: torch AdamW; norm: torch RMSNorm;")
     assert "apex" not in sys.modules
 
 
@@ -75,6 +108,7 @@ def test_apex_without_its_extensions_does_not_count(apex: Path) -> None:
     ("words", "says"),
     [
         ("train.adam=apex", "train.adam=apex needs apex, which is not installed: build it from https://github.com/NVI"),
+        ("train.elementwise=triton", "needs Triton, which is not installed: it comes with .* or use train.elem"),
         ("train.norm=apex", "train.norm=apex needs apex, .* or use train.norm=auto"),
         ("train.adam=transformer_engine", r"pip install 'megalong\[gpu\]' .* or use train.adam=auto"),
         ("attention=transformer_engine", "or use attention.backend=megalong"),
