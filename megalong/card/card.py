@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from megalong.card import in_run
 from megalong.card.lineage import Lineage, Stage, lineage
 from megalong.card.scores import Scores, read_scores
 from megalong.card.usage import usage
@@ -57,6 +58,10 @@ def make_card(run_dir: Path, name: str | None = None, evaluation: Path | None = 
         files[LOSS] = picture.getvalue()
     if scores and any(c.task == "needle" and c.depth is not None for e in scores.checkpoints for c in e.cells):
         files[NEEDLE] = draw([e for e in scores.checkpoints if any(c.task == "needle" for c in e.cells)])
+    own = None if scores else in_run.picture(last)
+    if own:
+        files[NEEDLE] = own[1]
+    found = _found(scores, files) if scores else _found_in_runs(chain, own[0] if own else None)
     text = "\n\n".join(
         part
         for part in (
@@ -65,7 +70,7 @@ def make_card(run_dir: Path, name: str | None = None, evaluation: Path | None = 
             f"## Progressive training\n\n{_training(chain)}",
             f"## Compute\n\n{_compute(chain)}",
             f"## Loss by position\n\n{_positions(chain, files)}",
-            f"## What it finds in its window\n\n{_found(scores, files)}",
+            f"## What it finds in its window\n\n{found}",
             f"## Data\n\n{_data(chain)}",
             f"## How to use it\n\n{_usage(chain, name)}",
             f"## Versions\n\n{_versions(chain)}",
@@ -160,13 +165,31 @@ def _positions(chain: Lineage, files: dict[str, bytes]) -> str:
     return f"![loss by position before and after each stage]({LOSS})\n\nHeld-out text of each stage's own data."
 
 
-def _found(scores: Scores | None, files: dict[str, bytes]) -> str:
-    if scores is None:
-        return "Missing: `tools/evaluate.py` was not run on it, so nothing is known of needles and of short contexts."
+def _found(scores: Scores, files: dict[str, bytes]) -> str:
     parts = [f"![needles by depth and length]({NEEDLE})"] if NEEDLE in files else ["Missing: no needles were asked."]
     parts.append(f"```\n{table(scores.checkpoints, scores.base)}\n```")
     if scores.base is None or scores.base.short_loss is None:
         parts.append("Missing: the loss on short documents beside the base's (`tools/evaluate.py --base`).")
+    return "\n\n".join(parts)
+
+
+def _found_in_runs(chain: Lineage, drawn: str | None) -> str:
+    """What the runs asked of the model, where nobody has asked it since."""
+    if not in_run.is_known(chain.stages):
+        return "Missing: `tools/evaluate.py` was not run on it, so nothing is known of needles and of short contexts."
+    head, *rest = in_run.rows(chain.stages)
+    lines = [_row(head), _row(["---"] * len(head)), *map(_row, rest)]
+    parts = [
+        "Asked by the runs themselves: the share of answers that greedy decoding would write, and the loss on each "
+        "stage's own held-out text cut to the base's window. `tools/evaluate.py` was not run on it.",
+        "\n".join(lines),
+    ]
+    if drawn:
+        parts.insert(0, f"![{drawn}: answers found by depth and length]({NEEDLE})")
+    else:
+        parts.append("Missing: the last stage asked for nothing that lies at a depth.")
+    if chain.stages[-1].evaluation is None or in_run.harm(chain.stages[-1].evaluation) is None:
+        parts.append("Missing: the harm to short contexts.")
     return "\n\n".join(parts)
 
 
@@ -204,7 +227,7 @@ def _limits(chain: Lineage, scores: Scores | None) -> str:
         "- Lengthening a window teaches no facts: what the base can and cannot do, and its biases, are still there. "
         "Its safety was not looked at.",
     ]
-    if scores is None:
+    if scores is None and not in_run.is_known(chain.stages):
         lines.append("- What it finds in its window was not measured.")
     return "\n".join([*lines, *(f"- Missing. {words}" for words in chain.missing)])
 

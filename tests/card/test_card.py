@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from megalong.convert.to_hf import megatron_to_hf
 from megalong.convert.weights import open_weights
 from megalong.data.manifest import MANIFEST_NAME
 from megalong.evaluation.position import LossByPosition
+from megalong.evaluation.results import Asked, read_evaluation
 from megalong.evaluation.scores import Evaluation
 from megalong.evaluation.suite import CellResult
 from megalong.runtime.errors import CheckpointError, DataError
@@ -114,9 +116,9 @@ def test_every_number_of_the_training_table_is_one_that_the_runs_wrote(runs):
 def test_pictures_that_it_shows_are_there_and_can_be_drawn(runs, tmp_path):
     files = make_card(runs / "262k")
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text_of(files))
-    assert shown == ["images/loss_by_position.png"]
+    assert shown == ["images/loss_by_position.png", "images/needle.png"]
     write_card(files, tmp_path / "card")
-    assert imread(tmp_path / "card" / shown[0]).ndim == 3
+    assert all(imread(tmp_path / "card" / name).ndim == 3 for name in shown)
 
 
 def edit_config(run_dir: Path, changes: dict[str, str]) -> None:
@@ -176,6 +178,28 @@ def test_needles_and_short_context_are_shown_where_they_were_measured(runs, copy
     path.write_text(json.dumps({"checkpoints": [scores(2048, theta)], "base": None}))
     with pytest.raises(DataError, match=r"is about 262k \(2,048 tokens.*not about a model of 1,024 tokens"):
         make_card(copy, evaluation=path)
+
+
+def test_what_the_runs_asked_is_shown_where_nobody_has_asked_since(runs, copy):
+    text = text_of(make_card(copy))
+    found = [read_evaluation(runs / "65k"), read_evaluation(copy)]
+    losses = [[e.short_loss_start, e.asked_before.short_loss, e.asked_after.short_loss] for e in found]
+    titles = ("starting weights with their own theta", "before", "after")
+    for title, values in zip(titles, zip(*losses, strict=True), strict=True):
+        assert row(text, f"Loss on them, {title}") == [f"{value:.4f}" for value in values]
+    assert row(text, "Short texts, tokens") == ["32", "32"]
+    assert row(text, "Harm to short contexts, nats per token") == [f"{after - at:+.4f}" for at, _, after in losses]
+    cells = [CellResult("needle", 1024, depth, 2, 0.5, 0.5, 1.0) for depth in (0.1, 0.9)]
+    before, after = Asked([], None), replace(found[1].asked_after, cells=cells)
+    replace(found[1], asked_before=before, asked_after=after, short_loss_start=None).write(copy)
+    text = text_of(make_card(copy))
+    assert row(text, "needle at 1,024, before -> after") == ["-", "missing -> 2/4"]
+    assert "![needle: answers found by depth and length](images/needle.png)" in text
+    assert "Missing: the harm to short contexts." in text
+    replace(found[1], asked_before=before, asked_after=before).write(copy)
+    files = make_card(copy)
+    assert "images/needle.png" not in files
+    assert "Missing: the last stage asked for nothing that lies at a depth." in text_of(files)
 
 
 def test_what_is_no_run_is_refused(runs, tmp_path):
