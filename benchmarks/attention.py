@@ -6,7 +6,8 @@
 two_ranks   two ranks of one thread each, p2p, 16k tokens in all, against one rank: times faster, forward + backward.
 ring_of_32  the compute of one rank of a ring of 32, blocks fed from memory, against one kernel call on as many pairs.
 documents   64 documents per sequence against none: the share of the saved work that is saved time.
-gpu         ring_of_32 at 32k local tokens, 32/8 heads of 128, bf16, for flash and cuDNN, with TFLOP/s; needs a GPU.
+gpu         ring_of_32 at 32k local tokens, 32/8 heads of 128, bf16, for flash, cuDNN and FlashAttention 3 (where it
+            is), with TFLOP/s; needs a GPU.
 
 Each figure is the median over repeats of a ratio of times measured next to each other. The last line is JSON.
 """
@@ -29,6 +30,7 @@ from megalong.attention.algorithms import Algorithm
 from megalong.attention.tiles import Documents, pairs
 from megalong.attention.zigzag import shard
 from megalong.doctor.ring_speed import compute_seconds, problem, ring_compute, seconds
+from megalong.runtime import fused
 from megalong.runtime.ranks import RankPool
 
 CPU_HEADS, CPU_KV_HEADS, CPU_HEAD_DIM = 8, 2, 64
@@ -132,7 +134,8 @@ def gpu(repeats: int, tokens: int) -> dict[str, Any]:
         "megabytes_per_hop": hop / 2**20,
         "wanted": {"forward": 0.95, "backward": 0.93},
     }
-    for name in ("cuda_flash", "cudnn"):
+    fused.choose("auto", False)
+    for name in kernels.on_this_gpu():
         row = ring_compute(32, shape, torch.bfloat16, device, name, repeats)
         row["forward_share_of_matmul"] = round(row["forward_tflops"] / matmul, 3)
         row["backward_share_of_matmul"] = round(row["backward_tflops"] / matmul, 3)

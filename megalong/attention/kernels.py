@@ -6,6 +6,7 @@ scores and is for tests and small checks.
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,7 @@ from megalong.attention.guards import Addressable, RegularTiles
 from megalong.attention.kernel import Attended, CuSeqlens, Grads, Kernel
 from megalong.attention.merge import accumulation_dtype
 from megalong.attention.requirements import KERNELS
+from megalong.runtime import packages
 from megalong.runtime.errors import ConfigError
 
 
@@ -137,11 +139,48 @@ def select(
             "attention.kernel=cudnn has no deterministic backward in torch: use attention.kernel=auto, which takes "
             "cuda_flash where torch is told to be deterministic."
         )
-    kernel = kernels_cuda.CudaFlash(scale) if name == "cuda_flash" else kernels_cuda.CudnnFlash(scale)
+    kernel = _CUDA[name](scale)
     if head_dim % 8 or head_dim > kernel.max_head_dim:
         raise ConfigError(
             f"attention.kernel={kernel.name} needs a head dim that is a multiple of 8 and at most "
             f"{kernel.max_head_dim}, not {head_dim}."
         )
-    flash = Addressable(kernels_cuda.CudaFlash(scale))
-    return flash if name == "cuda_flash" else RegularTiles(Addressable(kernel), flash, tokens // 2)
+    if name == "fa3":
+        _check_fa3(capability or torch.cuda.get_device_capability(device))
+    kernels_cuda.install_flash("FA3" if name == "fa3" else None)
+    if name != "cudnn":
+        return Addressable(kernel)
+    return RegularTiles(Addressable(kernel), Addressable(kernels_cuda.CudaFlash(scale)), tokens // 2)
+
+
+_CUDA: dict[str, type[kernels_cuda.CudaFlash] | type[kernels_cuda.CudnnFlash]] = {
+    "cuda_flash": kernels_cuda.CudaFlash,
+    "cudnn": kernels_cuda.CudnnFlash,
+    "fa3": kernels_cuda.FlashAttention3,
+}
+
+
+@functools.cache  # asked for in every layer
+def _check_fa3(capability: tuple[int, int]) -> None:
+    if capability != (9, 0):
+        raise ConfigError(
+            "attention.kernel=fa3 needs compute capability 9.0 (H100, H200, GH200), here is "
+            f"{capability[0]}.{capability[1]}: use attention.kernel=auto."
+        )
+    packages.require(packages.FA3, "attention.kernel=fa3", "attention.kernel=auto")
+
+
+def on_this_gpu() -> list[str]:
+    """The kernels among which a measurement chooses on this process's GPU."""
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    return ["cuda_flash", "cudnn", *(["fa3"] if hopper and packages.FA3.is_here else [])]
+
+
+def with_measured(kernel: str, measured: str, deterministic: bool) -> str:
+    """The setting `attention.kernel`, or where that is auto what was measured to be fastest on such machines.
+
+    Args:
+        measured: `cluster.attention_kernel`.
+    """
+    missing = measured == "fa3" and not packages.FA3.is_here
+    return kernel if kernel != "auto" or deterministic or missing else measured

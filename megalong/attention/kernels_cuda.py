@@ -1,4 +1,4 @@
-"""Which CUDA operators compute a tile? PyTorch's bundled flash attention 2, and cuDNN's fused attention.
+"""Which CUDA operators compute a tile? PyTorch's flash attention (2, which it brings, or 3), and cuDNN's attention.
 
 Both take views with any strides, keep H and K apart (GQA), and let their backward be given the final output and
 log-sum-exp. Causal tiles are square, so how an operator aligns a causal rectangle never matters.
@@ -6,7 +6,8 @@ log-sum-exp. Causal tiles are square, so how an operator aligns a causal rectang
 Shapes and argument orders were read in torch 2.13's aten/src/ATen/native/native_functions.yaml,
 torch/_meta_registrations.py and torch/nn/attention/varlen.py: flash works on [B, S, H, D] and returns lse
 [B, H, S]; its variable-length form works on [S, H, D] and returns lse [H, S]; cuDNN works on [B, H, S, D] and returns
-lse [B, H, S, 1] (since torch 2.9). Both want lse contiguous backward, which a slice of rows is not.
+lse [B, H, S, 1] (since torch 2.9). Both want lse contiguous backward, which a slice of rows is not. FlashAttention 3
+is put behind flash's operators, for the whole process (torch/nn/attention/_fa3.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch.nn import attention
 
 from megalong.attention.kernel import Attended, CuSeqlens, Grads
 
@@ -71,6 +73,22 @@ class CudaFlash:
             ]  # fmt: skip
             dq, dk, dv = (_batch(x) for x in zip(*parts, strict=True))
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+class FlashAttention3(CudaFlash):
+    """The same operators, computed by the package `flash_attn_interface`: compute capability 9.0, bf16 and fp16."""
+
+    name = "fa3"
+
+
+def install_flash(implementation: str | None) -> None:
+    """What torch's flash operators call from now on: "FA3", or the one that torch brings."""
+    if attention.current_flash_attention_impl() == implementation:
+        return
+    if implementation is None:
+        attention.restore_flash_attention_impl()
+    else:
+        attention.activate_flash_attention_impl(implementation)
 
 
 class CudnnFlash:

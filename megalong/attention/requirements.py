@@ -8,7 +8,7 @@ from megalong.config.schema import AttentionConfig
 from megalong.runtime.errors import ConfigError, LayoutError
 
 ALGORITHMS = ("p2p", "a2a", "a2a+p2p", "all_gather")
-KERNELS = ("auto", "cpu_flash", "cuda_flash", "cudnn", "reference")
+KERNELS = ("auto", "cpu_flash", "cuda_flash", "cudnn", "fa3", "reference")
 DOCUMENT_MASKS = ("none", "intra")
 GRAD_WIRE_DTYPES = ("fp32", "model")
 

@@ -58,7 +58,7 @@ class ClusterConfig:
     gpu: str = "unknown device"
     device: str = one_of(("cuda", "cpu"), "cuda")
     """Kind of device: cuda or cpu."""
-    attention_kernel: str = one_of(("auto", "cuda_flash", "cudnn"), "auto")
+    attention_kernel: str = one_of(("auto", "cuda_flash", "cudnn", "fa3"), "auto")
     """The kernel that was measured to be the faster one here; auto: nothing was, the device's generation decides."""
     nodes: Fact = _unknown(1, **COUNT)
     gpus_per_node: Fact = _unknown(1, **COUNT)

@@ -143,8 +143,8 @@ class AttentionConfig:
 
     backend: str = one_of(("megalong", "transformer_engine"), "megalong")
     """megalong, or transformer_engine (NVIDIA, extra `gpu`)."""
-    kernel: str = one_of(("auto", "cpu_flash", "cuda_flash", "cudnn", "reference"), "auto")
-    """Block kernel: auto, cpu_flash, cuda_flash, cudnn, reference."""
+    kernel: str = one_of(("auto", "cpu_flash", "cuda_flash", "cudnn", "fa3", "reference"), "auto")
+    """Block kernel: auto, cpu_flash, cuda_flash, cudnn, fa3 (FlashAttention 3, compute capability 9.0), reference."""
     cp_comm_type: str = one_of(("p2p", "a2a", "a2a+p2p", "all_gather"), "p2p")
     """p2p (ring), a2a (heads), a2a+p2p (heads inside, ring outside), all_gather."""
     hierarchical_context_parallel_sizes: list[int] | None = number(None, at_least=1)

@@ -13,6 +13,7 @@ import torch
 from megalong.config.cluster import card
 from megalong.doctor.part import Round
 from megalong.doctor.result import NOTE, Check, held
+from megalong.runtime import fused
 
 RING = 32
 GPU_SHAPE, CPU_SHAPE = (32768, 32, 8, 128), (1024, 8, 2, 64)
@@ -26,13 +27,15 @@ WANTED_TFLOPS = {"H200": (550.0, 450.0)}
 
 def on_rank(on_gpu: bool, repeats: int) -> dict[str, dict[str, Any]]:
     """The ring's figures by kernel and dtype, as a task for one rank."""
+    from megalong.attention import kernels
     from megalong.doctor.ring_speed import ring_compute
 
+    fused.choose("auto", False)  # the merge of partial outputs, as a run has it
     if not on_gpu:
         torch.set_num_threads(1)
         cases = [("cpu_flash", torch.float32), ("cpu_flash", torch.bfloat16)]
     else:
-        cases = [("cuda_flash", torch.bfloat16), ("cudnn", torch.bfloat16)]
+        cases = [(kernel, torch.bfloat16) for kernel in kernels.on_this_gpu()]
     device, shape = torch.device("cuda" if on_gpu else "cpu"), GPU_SHAPE if on_gpu else CPU_SHAPE
     return {
         f"{kernel} in {str(dtype).removeprefix('torch.')}": ring_compute(RING, shape, dtype, device, kernel, repeats)

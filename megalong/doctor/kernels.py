@@ -145,7 +145,7 @@ def large() -> list[Check]:
     heads, kv_heads, head_dim = 32, 8, 128
     here, dtype = device.device(), torch.bfloat16
     found = []
-    for name in ("cuda_flash", "cudnn"):
+    for name in kernels.on_this_gpu():
         kernel = kernels.select(name, here, dtype, head_dim, head_dim**-0.5)
         torch.manual_seed(11)
         q, dout = (torch.randn(1, LARGE_ROWS, heads, head_dim, device=here, dtype=dtype).transpose(1, 2) for _ in "qd")

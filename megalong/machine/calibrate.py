@@ -103,7 +103,7 @@ def fastest_attention(work: Workload, dtype: torch.dtype) -> tuple[str, tuple[fl
     """The CUDA kernel that takes least time forward and backward, and its FLOP/s; auto where there is no choice."""
     if not device.on_cuda() or work.model.head_dim > kernels_cuda.CudnnFlash.max_head_dim:
         return "auto", attention_flops(work, dtype)
-    found = {name: attention_flops(work, dtype, name) for name in ("cuda_flash", "cudnn")}
+    found = {name: attention_flops(work, dtype, name) for name in kernels.on_this_gpu()}
     return min(found.items(), key=lambda kernel: 1 / kernel[1][0] + 2.5 / kernel[1][1])
 
 

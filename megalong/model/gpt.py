@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalong.attention.core import CoreAttention
+from megalong.attention.kernels import with_measured
 from megalong.config.schema import AttentionConfig
 from megalong.model.head import straight_to_main_grad
 from megalong.model.norm import norm_class
@@ -46,9 +47,11 @@ def rope_of(run: Run) -> tuple[Tensor, float]:
 
 def attention_settings(run: Run) -> AttentionConfig:
     """The run's attention settings, with the kernel that its machines were measured to be faster with."""
-    attention, measured = run.config.attention, run.config.cluster.attention_kernel
-    left_open = attention.kernel == "auto" and device.on_cuda() and not run.config.train.deterministic
-    return replace(attention, kernel=measured) if left_open else attention
+    config, attention = run.config, run.config.attention
+    if not device.on_cuda():
+        return attention
+    kernel = with_measured(attention.kernel, config.cluster.attention_kernel, config.train.deterministic)
+    return replace(attention, kernel=kernel)
 
 
 def transformer_config(run: Run) -> TransformerConfig:

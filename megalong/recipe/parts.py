@@ -16,6 +16,8 @@ def check_packages(config: Config) -> None:
     train, engine = config.train, packages.TRANSFORMER_ENGINE
     if config.attention.backend == "transformer_engine":
         packages.require(engine, "attention.backend=transformer_engine", "attention.backend=megalong")
+    if config.attention.kernel == "fa3":
+        packages.require(packages.FA3, "attention.kernel=fa3", "attention.kernel=auto")
     if config.data.loader == "dali":
         packages.require(packages.DALI, "data.loader=dali", "data.loader=memmap, which reads long slices faster")
     if train.adam == "transformer_engine":
@@ -68,17 +70,13 @@ def parts(config: Config, capability: tuple[int, int] | None) -> str:
 
 
 def _kernel(config: Config, capability: tuple[int, int] | None) -> str:
-    from megalong.attention.kernels import fastest  # imports torch
+    from megalong.attention.kernels import fastest, with_measured  # imports torch
 
-    kernel, measured = config.attention.kernel, config.cluster.attention_kernel
-    if kernel != "auto":
-        return kernel
+    kernel, deterministic = config.attention.kernel, config.train.deterministic
     if capability is None:
-        return "cpu_flash"
-    deterministic = config.train.deterministic
-    if measured != "auto" and not deterministic:
-        return measured
-    return fastest(capability, config.model.head_dim, deterministic)
+        return "cpu_flash" if kernel == "auto" else kernel
+    kernel = with_measured(kernel, config.cluster.attention_kernel, deterministic)
+    return fastest(capability, config.model.head_dim, deterministic) if kernel == "auto" else kernel
 
 
 def _elementwise(config: Config, cuda: bool) -> str:

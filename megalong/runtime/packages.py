@@ -40,6 +40,11 @@ TRANSFORMER_ENGINE = Package(
 )
 DALI = Package("NVIDIA DALI", ("nvidia.dali",), "pip install 'megalong[dali]'")
 TRITON = Package("Triton", ("triton",), "it comes with torch's CUDA wheels, or pip install triton")
+FA3 = Package(
+    "FlashAttention 3",
+    ("flash_attn_interface",),
+    "build it from https://github.com/Dao-AILab/flash-attention, folder hopper",
+)
 APEX_ADAM = Package("apex", ("apex.optimizers", "amp_C"), _APEX)
 APEX_NORM = Package("apex", ("apex.normalization", "fused_layer_norm_cuda"), _APEX)
 

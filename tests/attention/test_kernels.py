@@ -1,12 +1,19 @@
 """Kernels return the log-sum-exp and exact partial gradients; the choice of one is checked."""
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention import _fa3
 
-from megalong.attention import kernels
+from megalong.attention import kernels, kernels_cuda
 from megalong.attention.blocks import bhsd
 from megalong.attention.kernel import Attended
 from megalong.runtime.errors import ConfigError
+from megalong.runtime.packages import Package
 from tests.attention.reference import attention, inputs, relative_l2
 
 
@@ -65,13 +72,89 @@ def test_auto_is_flash_on_the_device() -> None:
         ("auto", "cuda", torch.float32, 64, "precision=bf16"),
         ("cudnn", "cuda", torch.bfloat16, 256, "at most 128"),
         ("cuda_flash", "cuda", torch.bfloat16, 100, "multiple of 8"),
+        ("fa3", "cuda", torch.bfloat16, 128, "FlashAttention 3, which is not installed: build it from"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused(
     name: str, device: str, dtype: torch.dtype, head_dim: int, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        kernels.select(name, torch.device(device), dtype, head_dim, 1.0)
+        kernels.select(name, torch.device(device), dtype, head_dim, 1.0, capability=(9, 0))
+
+
+def test_what_was_measured_takes_the_place_of_auto() -> None:
+    assert kernels.with_measured("auto", "cudnn", False) == "cudnn"
+    assert kernels.with_measured("auto", "cudnn", True) == "auto"
+    assert kernels.with_measured("auto", "fa3", False) == "auto", "measured on a machine that has it"
+    assert kernels.with_measured("cuda_flash", "cudnn", False) == "cuda_flash"
+
+
+@pytest.fixture
+def flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package, whose operators are those of the CPU, where torch looks for it."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    monkeypatch.setattr(kernels.packages, "FA3", Package("FlashAttention 3", (), ""))
+    library = torch.library.Library("flash_attn_3", "DEF")
+    for name in ("fwd", "bwd"):
+        library.define(f"{name}(Tensor q) -> Tensor")
+    yield
+    kernels_cuda.install_flash(None)
+    kernels._check_fa3.cache_clear()
+
+
+def test_flash_attention_3_takes_torchs_operators_and_gives_them_back(flash_attention_3: None) -> None:
+    def select(name: str, capability: tuple[int, int] = (9, 0)) -> str:
+        return kernels.select(name, torch.device("cuda"), torch.bfloat16, 128, 1.0, capability=capability).name
+
+    current = torch.nn.attention.current_flash_attention_impl
+    assert (select("fa3"), current()) == ("fa3", "FA3")
+    assert (select("fa3"), current()) == ("fa3", "FA3")
+    assert (select("cudnn"), current()) == ("cudnn", None), (
+        "tiles that cuDNN must not get go to the flash it was tested with"
+    )
+    with pytest.raises(ConfigError, match=r"needs compute capability 9\.0 .*, here is 8\.9"):
+        select("fa3", (8, 9))
+
+
+def test_calls_reach_flash_attention_3_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through torch's own code for it, whose last two functions here compute on the CPU."""
+    cpu = kernels.CpuFlash(0.25)
+
+    def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        (scale, causal), packed = rest[20:22], rest[4] is not None
+        assert (scale, packed) == (0.25, False)
+        out, lse = cpu.forward(*(x.transpose(1, 2) for x in (q, k, v)), causal)
+        return out.transpose(1, 2), lse, None, None
+
+    def bwd(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> None:
+        out, lse, dq, dk, dv = rest[:5]
+        assert rest[11] == 0.25
+        assert lse.is_contiguous()
+        q_, k_, v_, out_, dout_ = (x.transpose(1, 2) for x in (q, k, v, out, dout))
+        found = cpu.backward(dout_, Attended(q_, k_, v_, out_, lse), rest[12])
+        for target, grad in zip((dq, dk, dv), found, strict=True):
+            target.copy_(grad.transpose(1, 2))
+
+    for name, value in {
+        "_FA3_CUDA_FWD": fwd,
+        "_FA3_CUDA_BWD": bwd,
+        "_fa3_common_support_error": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(_fa3, name, value)
+    operators = SimpleNamespace(
+        _flash_attention_forward=_fa3._fa3_flash_attention_forward_impl_default,
+        _flash_attention_backward=_fa3._fa3_flash_attention_backward_impl,
+    )
+    monkeypatch.setattr(kernels_cuda, "aten", operators)
+    q, k, v, dout = (x.bfloat16() for x in map(bhsd, inputs(24, 1, 4, 2, 16)))
+    kernel = kernels_cuda.FlashAttention3(0.25)
+    for causal in (True, False):
+        found, right = kernel.forward(q, k, v, causal), cpu.forward(q, k, v, causal)
+        grads = kernel.backward(dout, Attended(q, k, v, *found), causal)
+        for a, b in zip(
+            (*found, *grads), (*right, *cpu.backward(dout, Attended(q, k, v, *right), causal)), strict=True
+        ):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kernel", ["cuda_flash", "cudnn"])
