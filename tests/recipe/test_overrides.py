@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalong.config.schema import Config
+from megalong.config.schema import Config, EvaluationConfig
 from megalong.recipe.compose import from_yaml, to_yaml
 from megalong.recipe.overrides import UNWRITABLE, read
 from megalong.recipe.resolve import run_of
@@ -87,10 +87,12 @@ def test_what_is_no_config_yaml_is_a_named_error(text: str) -> None:
 
 
 def test_a_config_yaml_from_before_a_setting_existed_has_its_default() -> None:
-    config = run_of([*MINI, "train.max_skipped=9", "data.allow_tokenizer=t"], 1).config
+    config = run_of([*MINI, "train.max_skipped=9", "data.allow_tokenizer=t", "evaluation.samples=2"], 1).config
     lines = [x for x in to_yaml(config).splitlines() if "max_skipped" not in x and "allow_tokenizer" not in x]
+    group = lines.index("evaluation:")
+    del lines[group : group + 1 + next(i for i, x in enumerate(lines[group + 1 :]) if not x.startswith("  "))]
     old = from_yaml("\n".join(lines))
-    assert (old.train.max_skipped, old.data.allow_tokenizer) == (5, None)
+    assert (old.train.max_skipped, old.data.allow_tokenizer, old.evaluation) == (5, None, EvaluationConfig())
     assert old.train.lr == config.train.lr
 
 
