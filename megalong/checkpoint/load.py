@@ -142,16 +142,18 @@ def _reading(folder: Path, read: Callable[[], T]) -> T:
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its moments, zero where it has none yet: torch's AdamW makes them in its first step, while
-    megatron-core (optimizer/distrib_optimizer.py) expects them when it saves and when it loads."""
+    """Give every parameter its moments, zero where it has none yet: an Adam makes them in its first step, while
+    megatron-core (optimizer/distrib_optimizer.py) expects them when it saves and when it loads. torch's counts steps
+    with each parameter, the fused ones with each group."""
     adam = part_of(optimizer).optimizer
-    if not isinstance(adam, torch.optim.Adam):  # AdamW is one
-        return
+    torchs = isinstance(adam, torch.optim.Adam)  # AdamW is one
     for group in adam.param_groups:
+        if not torchs:
+            group.setdefault("step", 0)
         for parameter in group["params"]:
             if not adam.state[parameter]:
                 moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments} if torchs else moments
 
 
 def _weights(source: ShardedFolder, sharded_model: Any, model: list[DistributedDataParallel]) -> list[ShardedTensor]:
@@ -185,13 +187,15 @@ def _real_vocabulary(model: list[DistributedDataParallel]) -> int:
 
 
 def _load_settings(optimizer: MegatronOptimizer, common: dict[str, Any], where: Path) -> None:
-    """Step count and settings of the optimizer, from the common state."""
+    """Step count and settings of the optimizer, from the common state. What this Adam needs and the one that wrote it
+    does not know (`bias_correction` of the fused ones, `foreach` of torch's) is as this one was made."""
     try:
         now = optimizer.param_groups[0]
         for group in common["optimizer"]["common"]["optimizer"]["param_groups"]:
             for key, value in group.items():
                 if not _alike(value, now.get(key)):
                     raise TypeError(f"{key} of the optimizer is {value!r}")
+            group.update({k: v for k, v in part_of(optimizer).optimizer.defaults.items() if k not in group})
         if not isinstance(common["state"]["step"], int):
             raise TypeError("its step is no number")
         part_of(optimizer).load_state_dict(common["optimizer"]["common"])

@@ -10,7 +10,9 @@ import pytest
 import torch
 from megatron.core import optimizer
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megalong.model.norm import RMSNorm, norm_class
 from megalong.recipe.parts import check_packages, parts
 from megalong.recipe.resolve import run_of
 from megalong.runtime import fused, packages
@@ -19,16 +21,13 @@ from megalong.runtime.ranks import RankPool
 from megalong.topology.groups import initialize
 from megalong.topology.layout import Layout
 from megalong.training.adam import choose_adam
+from megalong.training.verify import relative_distance
 
 REPO = Path(__file__).parents[2]
 MINI = ("+stage=65k", "+scale=mini")
 L40S = (8, 9)
-FUSED_ADAM = """
-import torch
-class FusedAdam(torch.optim.Optimizer):
-    def __init__(self, params, lr, weight_decay, betas, eps, adam_w_mode):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-"""
+APEX = REPO / "tests" / "fakes" / "apex"
+"""With the signatures of apex's own sources."""
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files where apex's would lie."""
     for name, text in {
         "apex/__init__.py": "raise AssertionError('looked for, not imported')",
-        "apex/optimizers.py": FUSED_ADAM,
+        "apex/optimizers.py": "",
         "apex/normalization.py": "",
         "amp_C.py": "",
         "fused_layer_norm_cuda.py": "",
@@ -147,9 +146,41 @@ def adams_on_rank(folder: str) -> list[tuple[str, bool, bool]]:
     return found
 
 
-def test_megatron_builds_the_adam_that_was_chosen(apex: Path, ranks: RankPool) -> None:
-    (apex / "apex" / "__init__.py").write_text("")
-    assert ranks.run(adams_on_rank, 1, str(apex))[0] == [("FusedAdam", True, True), ("AdamW", False, False)]
+def norms_on_rank(folder: str) -> list[tuple[float, bool]]:
+    """Distance of apex's norm from ours, forward and backward, and whether megatron will sum its gradient over tp."""
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, sequence_parallel=False)
+    found: list[tuple[float, bool]] = []
+    sys.path.insert(0, folder)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            config.params_dtype, config.sequence_parallel = dtype, dtype == torch.bfloat16
+            ours, fused = (cls(config=config, hidden_size=16, eps=1e-5) for cls in (RMSNorm, norm_class("apex")))
+            x = torch.randn(7, 1, 16, dtype=dtype)
+            made = []
+            for norm in (ours, fused):
+                with torch.no_grad():
+                    norm.weight.copy_(torch.linspace(0.5, 2, 16))
+                given = x.clone().requires_grad_()
+                out = norm(given)
+                made.append((out, *torch.autograd.grad(out.square().sum(), (given, norm.weight))))
+            worst = max(relative_distance(b.float(), a.float()) for a, b in zip(*made, strict=True))
+            found.append((worst, fused.weight.sequence_parallel))
+            assert fused.weight.dtype == dtype
+    finally:
+        sys.path.remove(folder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            del sys.modules[name]
+    return found
+
+
+def test_apexs_norm_is_ours(ranks: RankPool) -> None:
+    (exact, whole), (rounded, summed) = ranks.run(norms_on_rank, 1, str(APEX))[0]
+    assert (exact, whole, summed) == (0.0, False, True)
+    assert rounded == 0.0
+
+
+def test_megatron_builds_the_adam_that_was_chosen(ranks: RankPool) -> None:
+    assert ranks.run(adams_on_rank, 1, str(APEX))[0] == [("FusedAdam", True, True), ("AdamW", False, False)]
 
 
 def test_every_extra_that_a_text_names_can_be_installed() -> None:

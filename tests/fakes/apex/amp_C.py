@@ -1,0 +1,1 @@
+"""apex's CUDA extension; megalong looks whether it is there."""

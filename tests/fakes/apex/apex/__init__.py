@@ -1,0 +1,1 @@
+"""apex, as far as megatron-core and megalong import it."""
