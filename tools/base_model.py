@@ -1,7 +1,8 @@
-"""Where does the demo's base model come from? A mini Llama made here, trained at its short window in about a minute.
+"""Where does the demo's base model come from? A small Llama made here, trained at its short window in about a minute.
 
-Shape and window are conf/model/mini.yaml's; the result is a Hugging Face directory like any base model: config,
-safetensors, tokenizer. Plain torch on one process, so nothing of the stages' code is involved in making it.
+It learns to look up a note that stands in its window (megalong/evaluation/notes.py). The result is a Hugging Face
+directory like any base model: config, safetensors, tokenizer. Plain torch on one process, so nothing of the stages'
+code is involved in making it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from megalong.config.schema import ModelConfig
 from megalong.data.dataset import SequenceDataset, open_dataset
 from megalong.recipe.folders import CONF
 
-STEPS = 1200
-SECONDS = 120.0
+STEPS = 3000
+SECONDS = 150.0
 """Training ends at STEPS or after SECONDS, whichever comes first; the learning rate decays towards that end."""
 BATCH = 16  # many small steps learn more from a minute of two cores than few large ones
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 20
-INITIAL_STD = 0.06  # 0.2 nats better after 240k tokens than the 0.02 that large models start from
+INITIAL_STD = 0.06  # learns sooner than from the 0.02 that large models start from
 EVAL_SEQUENCES = 512
+END_ID = 0
+"""Of the token that ends a document (demo_text.py)."""
 REPORT_SECONDS = 5.0
 
 
@@ -42,16 +45,16 @@ class BaseReport:
     """Of the training text: the loss of a model that knows how frequent each token is and nothing else."""
 
 
-def mini_model() -> ModelConfig:
-    """conf/model/mini.yaml."""
-    tree: Any = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / "mini.yaml"))
+def demo_model() -> ModelConfig:
+    """conf/model/demo.yaml."""
+    tree: Any = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / "demo.yaml"))
     model = OmegaConf.to_object(tree)
     assert isinstance(model, ModelConfig)
     return model
 
 
 def make_base_model(data: Path, tokenizer: Path, out: Path, seed: int = 1234) -> BaseReport:
-    """Train a randomly initialised mini Llama on `data` and save it to `out` with its tokenizer.
+    """Train a randomly initialised Llama of conf/model/demo.yaml on `data` and save it to `out` with its tokenizer.
 
     Args:
         data: data folder cut for the model's own window.
@@ -59,7 +62,7 @@ def make_base_model(data: Path, tokenizer: Path, out: Path, seed: int = 1234) ->
     """
     from transformers import LlamaForCausalLM
 
-    shape = mini_model()
+    shape = demo_model()
     window, vocabulary = shape.max_position_embeddings, shape.vocab_size
     train, held_out = (open_dataset(data, s, seq_length=window, vocab_size=vocabulary) for s in ("train", "eval"))
     rows, eval_rows = _rows(train), _rows(held_out)[:EVAL_SEQUENCES]
@@ -109,9 +112,10 @@ def _hf_config(shape: ModelConfig) -> Any:
 
 
 def _rows(dataset: SequenceDataset) -> torch.Tensor:
-    """All full sequences, [sequences, window + 1] int64."""
+    """All sequences of one document, [sequences, window + 1] int64: without the ends of documents, packed together."""
     full = [i for i in range(len(dataset)) if dataset.valid_length(i) == dataset.seq_length + 1]
-    return torch.from_numpy(np.stack([dataset.read(i, 0, dataset.seq_length + 1) for i in full])).long()
+    rows = torch.from_numpy(np.stack([dataset.read(i, 0, dataset.seq_length + 1) for i in full])).long()
+    return rows[(rows != END_ID).all(1)]
 
 
 def _loss(model: Any, rows: torch.Tensor) -> float:

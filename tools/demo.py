@@ -1,8 +1,9 @@
 """From Hugging Face through all four stages and back, on this machine: what `make demo` runs.
 
-Builds a corpus of Python sources, trains a mini Llama on it at a window of 32 tokens, walks it through the four stages
-by torchrun on four CPU ranks with a different layout each, exports it, and lets transformers read the result. All of it
-lands in outputs/demo, which is made anew each time; the corpus in it is kept.
+Writes documents in a language in which context helps (megalong/evaluation/notes.py), trains a small Llama on them at a
+window of 32 tokens, walks it through the four stages by torchrun on four CPU ranks with a different layout each,
+exports it, and lets transformers read the result. All of it lands in outputs/demo, which is made anew each time; the
+text in it is kept.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here; nothing
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other crawl on a machine in use
 
 import torch
-from base_model import make_base_model, mini_model
+from base_model import BATCH, STEPS, demo_model, make_base_model
+from demo_text import EVAL_FRACTION, make_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megalong.checkpoint.checksums import CARD
 from megalong.config.schema import Config
-from megalong.data.builtin import builtin_corpus, builtin_tokenizer
 from megalong.data.dataset import SequenceDataset
 from megalong.data.loader import evaluation_batches
 from megalong.data.windows import Part
+from megalong.evaluation.heatmap import draw
 from megalong.evaluation.plots import plot_loss_by_position
-from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums
-from megalong.evaluation.results import StageEvaluation, read_evaluation
+from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums, paired
+from megalong.evaluation.results import Asked, StageEvaluation, read_evaluation
+from megalong.evaluation.scores import Evaluation
 from megalong.recipe.compose import from_yaml
 from megalong.recipe.resolve import run_of
 from megalong.runtime.errors import EXIT_OK, EXIT_USER_ERROR, UserError
@@ -48,10 +51,13 @@ OUT = ROOT / "outputs" / "demo"
 RANKS = 4
 # One axis after the other is put to work: tensor + sequence parallel, pipeline, ring x data parallel, one long ring.
 LAYOUTS = {"65k": Layout(tp=2, dp=2), "262k": Layout(pp=2, cp=2), "524k": Layout(cp=2, dp=2), "1048k": Layout(cp=4)}
-EVAL_SEQUENCES = 8
+EVAL_SEQUENCES = 16
+QUESTIONS = 8
+"""At each depth, of the window's length."""
+DEPTHS = (0.1, 0.5, 0.9)
 PRECISION = "fp32"  # bf16 is no faster on most CPUs
-PROMPT = "def __init__(self"
-NEW_TOKENS = 120
+ASKED = 8
+"""Held-out documents that transformers is asked about."""
 TOLERANCE = 1e-3
 """Nats by which two fp32 implementations may differ in a mean loss."""
 
@@ -67,9 +73,13 @@ class StageResult:
 
     def summary(self) -> dict[str, Any]:
         """The stage's row of summary.json."""
-        stage, topology = self.config.stage, self.config.topology
-        after = self.evaluation.after
+        stage, topology, found = self.config.stage, self.config.topology, self.evaluation
+        before, after = found.asked_before, found.asked_after
+        assert found.after is not None
+        assert before is not None
         assert after is not None
+        change = paired(found.before, found.after)
+        assert change is not None
         return {
             "name": stage.name,
             "seq_length": stage.seq_length,
@@ -77,9 +87,19 @@ class StageResult:
             "layout": {axis: getattr(topology, axis) for axis in ("tp", "cp", "pp", "dp")},
             "steps": self.config.train.steps,
             "tokens_per_second": self.tokens_per_second,
-            "loss_last_quarter_before": self.evaluation.before.last_quarter,
-            "loss_last_quarter_after": after.last_quarter,
+            "loss_last_quarter_before": found.before.last_quarter,
+            "loss_last_quarter_after": found.after.last_quarter,
+            "loss_change": change[0],
+            "loss_change_error": change[1],
+            "recall_before": _recall(before),
+            "recall_after": _recall(after),
+            "short_loss_before": before.short_loss,
+            "short_loss_after": after.short_loss,
         }
+
+
+def _recall(asked: Asked) -> float:
+    return statistics.fmean(cell.exact for cell in asked.cells)
 
 
 def main() -> int:
@@ -87,16 +107,21 @@ def main() -> int:
     begun = time.monotonic()
     transformers_logging.disable_progress_bar()
     lock = _make_room()
-    cache = OUT / "corpus"
-    model = mini_model()
-    with _part("1/5 corpus: Python sources of this machine, a BPE tokenizer trained on them"):
-        windows = {name: run_of([f"+stage={name}", "+scale=mini"]).seq_length for name in LAYOUTS}
-        tokenizer = builtin_tokenizer(cache, model.vocab_size)
-        base_data = builtin_corpus(cache, model.max_position_embeddings, model.vocab_size)
-        data = {name: builtin_corpus(cache, window, model.vocab_size) for name, window in windows.items()}
-        print(f"{cache}: {model.vocab_size:,} tokens of vocabulary, windows of {', '.join(map(str, windows.values()))}")
-    with _part("2/5 base model: a mini Llama as a Hugging Face checkpoint"):
-        base = make_base_model(base_data, tokenizer, OUT / "base")
+    text, shape = OUT / "text", demo_model()
+    with _part("1/5 text: documents of notes as long as each window, and a tokenizer of their words"):
+        runs = {name: run_of([f"+stage={name}", "+scale=mini"]) for name in LAYOUTS}
+        windows = {name: run.seq_length for name, run in runs.items()}
+        trained = {run.seq_length: run.steps * run.global_batch_size for run in runs.values()}
+        # half as many again as are read and held out: which ones are held out follows from their hashes
+        documents = {
+            w: int(1.5 * max(n / (1 - EVAL_FRACTION), EVAL_SEQUENCES / EVAL_FRACTION)) for w, n in trained.items()
+        }
+        window = shape.max_position_embeddings
+        make_text(text, window, STEPS * BATCH * window, documents)
+        data = {name: text / f"window-{windows[name]}" for name in LAYOUTS}
+        print(f"{text}: {shape.vocab_size:,} tokens of vocabulary, windows of {', '.join(map(str, windows.values()))}")
+    with _part("2/5 base model: a small Llama as a Hugging Face checkpoint"):
+        base = make_base_model(text / f"window-{window}", text / "tokenizer", OUT / "base")
         print(
             f"held-out loss {base.held_out_loss:.3f} nats against a unigram entropy of {base.unigram_entropy:.3f}, "
             f"after {base.steps:,} steps, {base.tokens:,} tokens"
@@ -110,17 +135,17 @@ def main() -> int:
     with _part("4/5 export to Hugging Face, read by transformers"):
         _convert(start, OUT / "hf")
         _compare(OUT / "hf", stages[-1])
-        text = _generate(OUT / "hf")
-        print(f"generated by transformers after {PROMPT!r}:\n{text}")
+        answer = _generate(OUT / "hf", data["1048k"])
+        print(answer)
     with _part("5/5 what came of it"):
-        _report(stages, text)
+        _report(stages, answer)
     print(f"\nmake demo: {time.monotonic() - begun:.0f} s. Everything is in {OUT.relative_to(ROOT)}/")
     lock.close()
     return EXIT_OK
 
 
 def _make_room() -> IO[str]:
-    """Remove what an earlier demo left, but for its corpus.
+    """Remove what an earlier demo left, but for its text.
 
     Returns:
         the open lock file that keeps a second demo out; the kernel releases it when this process ends.
@@ -135,7 +160,7 @@ def _make_room() -> IO[str]:
     except BlockingIOError as error:
         raise UserError(f"Another demo is at work in {OUT}. Wait for it to end.") from error
     for path in OUT.iterdir():
-        if path.is_dir() and path.name != "corpus":
+        if path.is_dir() and path.name != "text":
             shutil.rmtree(path)
         elif path.is_file() and path.name != ".lock":
             path.unlink()
@@ -172,9 +197,11 @@ def _train_stage(name: str, layout: Layout, init_from: Path, data: Path) -> Stag
     _run(
         [
             *("torchrun", "--standalone", f"--nproc-per-node={RANKS}", "megalong/pretrain.py"),
-            *(f"+stage={name}", "+scale=mini", *sizes),
+            *(f"+stage={name}", "+scale=mini", "model=demo", *sizes),
             *(f"{key}={path.relative_to(ROOT)}" for key, path in places.items()),
-            *(f"data.eval_sequences={EVAL_SEQUENCES}", f"precision={PRECISION}"),
+            *(f"data.eval_sequences={EVAL_SEQUENCES}", f"precision={PRECISION}", "evaluation.tasks=[recall]"),
+            *(f"evaluation.samples={QUESTIONS}", f"evaluation.depths=[{','.join(map(str, DEPTHS))}]"),
+            f"evaluation.haystack={(OUT / 'text' / 'haystack').relative_to(ROOT)}",
         ]
     )
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -215,23 +242,33 @@ def _compare(folder: Path, last: StageResult) -> None:
         raise RuntimeError(f"The export is not the trained model: losses {found} and {trained}.")
 
 
-def _generate(folder: Path) -> str:
-    """Text that transformers generates from the exported checkpoint."""
+def _generate(folder: Path, data: Path) -> str:
+    """What transformers writes behind held-out documents that end where a note is begun again, at its furthest."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(0)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    eos = tokenizer.eos_token_id
-    tokens = model.generate(
-        **prompt,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=True,
-        temperature=0.4,
-        top_k=10,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    dataset, eos, right, shown = SequenceDataset(data, "eval"), tokenizer.eos_token_id, 0, ""
+    for document in range(ASKED):
+        words = tokenizer.convert_ids_to_tokens(dataset.read(document, 0, dataset.seq_length).tolist())
+        back, at = _furthest(words)
+        prompt = torch.tensor([tokenizer.convert_tokens_to_ids(words[: at + 1])])
+        written = model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        text = tokenizer.decode(written[0, at + 1 :], skip_special_tokens=True)
+        said, found = words[at - back + 1], text.split()[:1]
+        right += found == [said]
+        shown += f"  {back:5,} tokens back: {' '.join(words[at - 2 : at + 1])} ... {said} it said; {text!r} it writes\n"
+    return f"notes begun again, each where its key was last heard of the longest ago:\n{shown}{right} of {ASKED} right"
+
+
+def _furthest(words: list[str]) -> tuple[int, int]:
+    """Tokens since its key last came up, and place, of the note for which these are most."""
+    heard: dict[str, int] = {}
+    back, at = 0, 0
+    for i, word in enumerate(words):
+        if word.endswith(":"):
+            if (distance := i - heard.get(word, i)) > back:
+                back, at = distance, i
+            heard[word] = i
+    return back, at
 
 
 def _report(stages: list[StageResult], text: str) -> None:
@@ -244,19 +281,36 @@ def _report(stages: list[StageResult], text: str) -> None:
         for row, stage in zip(rows, stages, strict=True)
     }
     plot_loss_by_position(panels, OUT / "loss_by_position.png", "Loss by position before and after each stage")
-    print(f"{'':64}  loss, last quarter")
-    titles = ("stage", "window", "theta", "layout", "steps", "tokens/s", "before", "after")
-    print("{:6} {:>6} {:>13} {:>20} {:>5} {:>9} {:>9} {:>8}".format(*titles))
+    found = [_all(stages, after=False), _all(stages, after=True)]
+    titles = ["before each stage, under its theta", "after each stage"]
+    (OUT / "recall.png").write_bytes(draw(found, "recall", titles))
+    print(f"{'':65}{'loss, last quarter':^31}{'notes found':^15}  {'loss, 32 tokens':^15}")
+    print(
+        f"{'stage':6} {'window':>6} {'theta':>11} {'layout':>20} {'steps':>5} {'tokens/s':>9}   "
+        f"{'before':>6} {'after':>6} {'change':>15}   {'before':>6} {'after':>6}   {'before':>6} {'after':>6}"
+    )
     for row in rows:
         layout = str(Layout(**row["layout"]))
         print(
-            f"{row['name']:6} {row['seq_length']:6,} {row['theta']:13,.0f} {layout:>20} {row['steps']:5} "
-            f"{row['tokens_per_second']:9,.0f} {row['loss_last_quarter_before']:9.3f} "
-            f"{row['loss_last_quarter_after']:8.3f}"
+            f"{row['name']:6} {row['seq_length']:6,} {row['theta']:11,.0f} {layout:>20} {row['steps']:5} "
+            f"{row['tokens_per_second']:9,.0f}   "
+            f"{row['loss_last_quarter_before']:6.3f} {row['loss_last_quarter_after']:6.3f} "
+            f"{row['loss_change']:+6.3f} +- {2 * row['loss_change_error']:.3f}    "
+            f"{row['recall_before']:6.0%} {row['recall_after']:6.0%}   "
+            f"{row['short_loss_before']:6.3f} {row['short_loss_after']:6.3f}"
         )
     print(f"tokens/s: all {RANKS} ranks, median over whole steps, data loading included; loss: nats, held-out text")
-    print("summary.json, loss_by_position.png; tensorboard --logdir outputs/demo")
+    print(f"+-: two standard errors over {EVAL_SEQUENCES} sequences in pairs; notes: hidden among others, chance 12%")
+    print("summary.json, loss_by_position.png, recall.png; tensorboard --logdir outputs/demo")
     print(f"the model's card, made of what these runs wrote: {(OUT / 'hf' / CARD).relative_to(ROOT)}")
+
+
+def _all(stages: list[StageResult], after: bool) -> Evaluation:
+    """The questions of all stages as those of one model, for one heat map: each at its own window."""
+    found = [stage.evaluation.asked_after if after else stage.evaluation.asked_before for stage in stages]
+    cells = [cell for asked in found if asked is not None for cell in asked.cells]
+    last = stages[-1].config.stage
+    return Evaluation("all stages", last.seq_length, last.theta or 0.0, cells, None, None, None, None)
 
 
 if __name__ == "__main__":

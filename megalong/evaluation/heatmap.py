@@ -42,15 +42,20 @@ def table(evaluations: Sequence[Evaluation], base: Evaluation | None = None) -> 
     return "\n".join(lines)
 
 
-def draw(evaluations: Sequence[Evaluation], task: str = "needle") -> bytes:
-    """A PNG: one panel per checkpoint, depth against length, the colour the share of answers found."""
+def draw(evaluations: Sequence[Evaluation], task: str = "needle", titles: Sequence[str] | None = None) -> bytes:
+    """A PNG: one panel per checkpoint, depth against length, the colour the share of answers found.
+
+    Args:
+        titles: of the panels; None: name, window and theta of each.
+    """
+    titles = titles or [f"{e.name}\nwindow {e.window:,}, theta {e.theta:,.0f}" for e in evaluations]
     own = [[c for c in e.cells if c.task == task and c.depth is not None] for e in evaluations]
     assert any(own), task
     figure = Figure(figsize=(4.4 * len(evaluations) + 0.8, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(evaluations), squeeze=False)[0]
     image: Any = None
-    for panel, evaluation, cells in zip(panels, evaluations, own, strict=True):
+    for panel, title, cells in zip(panels, titles, own, strict=True):
         lengths, depths = sorted({c.length for c in cells}), sorted({c.depth for c in cells if c.depth is not None})
         grid = [[_of(cells, length, depth) for length in lengths] for depth in depths]
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -59,7 +64,7 @@ def draw(evaluations: Sequence[Evaluation], task: str = "needle") -> bytes:
                 panel.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
         panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        panel.set_title(f"{evaluation.name}\nwindow {evaluation.window:,}, theta {evaluation.theta:,.0f}", fontsize=9)
+        panel.set_title(title, fontsize=9)
         panel.set_xlabel("length (tokens)")
     panels[0].set_ylabel("depth")
     figure.colorbar(image, ax=list(panels), label="share of answers found")

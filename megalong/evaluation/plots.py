@@ -20,6 +20,8 @@ BEFORE, AFTER = "#D55E00", "#0072B2"
 def plot_loss_by_position(stages: Mapping[str, WindowEvaluation], path: Path | IO[bytes], title: str) -> None:
     """One panel per stage, loss on held-out text against position in the window, before and after the stage.
 
+    Bands are two standard errors over the held-out sequences, where these were kept apart.
+
     Args:
         stages: evaluations by panel title, in order; all panels share the loss axis.
         path: PNG to write, or an open file.
@@ -41,7 +43,7 @@ def plot_loss_by_position(stages: Mapping[str, WindowEvaluation], path: Path | I
         panel.xaxis.set_major_locator(_quarters(stage.seq_length))
         panel.xaxis.set_major_formatter(lambda position, _: f"{position:,.0f}")
     panels[0].set_ylabel("loss on held-out text (nats per token)")
-    panels[0].legend(title="shaded: last quarter", frameon=False)
+    panels[0].legend(title="shaded: last quarter; bands: 2 standard errors", frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120, format="png")
 
@@ -49,6 +51,10 @@ def plot_loss_by_position(stages: Mapping[str, WindowEvaluation], path: Path | I
 def _draw(panel: Any, curve: LossByPosition, color: str, label: str, style: str) -> None:
     heights = [math.nan if loss is None else loss for loss in curve.loss]
     panel.stairs(heights, curve.edges, baseline=None, color=color, linestyle=style, linewidth=1.8, label=label)
+    if any(curve.spread):
+        reach = [0.0 if error is None else 2 * error for error in curve.spread]
+        low, high = ([h + sign * r for h, r in zip(heights, reach, strict=True)] for sign in (-1, 1))
+        panel.stairs(high, curve.edges, baseline=low, color=color, alpha=0.18, fill=True, linewidth=0)
 
 
 def _quarters(seq_length: int) -> Any:

@@ -7,7 +7,8 @@ shows it in the last buckets first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 
@@ -51,13 +52,55 @@ class LossByPosition:
     """[buckets]; None where no valid token lies."""
     last_quarter: float | None
     """Mean loss per valid token over the buckets of the last quarter of the window."""
+    spread: list[float | None] = field(default_factory=list)
+    """[buckets] standard error of `loss` over the sequences; None where fewer than two have a valid token. []: not
+    known, as sums of all sequences together say nothing of it."""
+    sequences: list[float | None] = field(default_factory=list)
+    """Last quarter of each sequence, in the order of reading; []: not known. Two evaluations of the same sequences
+    differ by less than either is uncertain: compare them in pairs (`paired`)."""
 
     @staticmethod
     def from_sums(sums: torch.Tensor, edges: list[int]) -> LossByPosition:
-        """Divide the totals of `bucket_sums` ([2, buckets], all ranks and batches added)."""
-        total, count = sums.cpu().double()
-        loss = [float(t / n) if n else None for t, n in zip(total, count, strict=True)]
+        """Divide the totals of `bucket_sums`, all ranks and batches added.
+
+        Args:
+            sums: [2, buckets], or [sequences, 2, buckets] where each sequence has its own.
+        """
+        sums = sums.cpu().double()
+        total, count = sums.sum(0) if sums.dim() == 3 else sums
         # a bucket belongs to the last quarter when it begins there
         last = [i for i, edge in enumerate(edges[:-1]) if 4 * edge >= 3 * edges[-1]]
-        tokens = float(count[last].sum())
-        return LossByPosition(list(edges), loss, float(total[last].sum()) / tokens if tokens else None)
+        mean = _ratio(float(total[last].sum()), float(count[last].sum()))
+        loss = [_ratio(t, n) for t, n in zip(total.tolist(), count.tolist(), strict=True)]
+        if sums.dim() != 3:
+            return LossByPosition(list(edges), loss, mean)
+        each = [[_ratio(t, n) for t, n in zip(*one, strict=True)] for one in sums.tolist()]
+        spread = [standard_error([one[i] for one in each]) for i in range(len(loss))]
+        quarters = [_ratio(float(t[last].sum()), float(n[last].sum())) for t, n in sums]
+        return LossByPosition(list(edges), loss, mean, spread, quarters)
+
+
+def standard_error(values: list[float | None]) -> float | None:
+    """Of the mean of the values that are there; None of fewer than two."""
+    known = [v for v in values if v is not None]
+    if len(known) < 2:
+        return None
+    mean = math.fsum(known) / len(known)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1) / len(known))
+
+
+def paired(before: LossByPosition, after: LossByPosition) -> tuple[float, float] | None:
+    """Change of the last quarter's loss from one evaluation to another of the same sequences, and its standard error.
+
+    Returns:
+        nats per token (negative: better) and their standard error; None where sequences were not kept apart.
+    """
+    both = zip(before.sequences, after.sequences, strict=False)
+    changes: list[float | None] = [b - a for a, b in both if a is not None and b is not None]
+    error = standard_error(changes)
+    known = [c for c in changes if c is not None]
+    return None if error is None else (math.fsum(known) / len(known), error)
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None

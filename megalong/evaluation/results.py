@@ -94,13 +94,23 @@ def evaluation_from(raw: Any, where: str = "the evaluation in a checkpoint") -> 
     Raises:
         DataError: not one of ours.
     """
-    raw = {**_LATER, **raw} if isinstance(raw, dict) else raw
+    raw = _with_curves({**_LATER, **raw}) if isinstance(raw, dict) else raw
     found = read_as(StageEvaluation, raw, where, DataError, "Evaluate again.")
     curves = [curve for window in (found, *found.shorter) for curve in (window.before, window.after)]
     for curve in [*curves, *(c for moment in found.under_way for c in (moment.position, *moment.shorter))]:
         if curve is not None and len(curve.edges) != len(curve.loss) + 1:
             raise DataError(f"{where}: {len(curve.edges)} edges for {len(curve.loss)} losses. Evaluate again.")
     return found
+
+
+def _with_curves(raw: Any) -> Any:
+    """The same with what curves did not hold once: nothing was known of single sequences."""
+    if isinstance(raw, list):
+        return [_with_curves(value) for value in raw]
+    if not isinstance(raw, dict):
+        return raw
+    later: dict[str, Any] = {"spread": [], "sequences": []} if "edges" in raw else {}
+    return later | {key: _with_curves(value) for key, value in raw.items()}
 
 
 def read_evaluation(run_dir: Path) -> StageEvaluation:

@@ -24,9 +24,11 @@ _NOUNS = "anchor basket candle desert engine feather garden harbor island jacket
 _NOUNS += " pebble quarry ribbon saddle temple umbrella valley window yogurt zipper bridge cabin dragon falcon guitar"
 ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
-RECORD = " {key} is {value}."
+KEYS, VALUES = ADJECTIVES, NOUNS[:8]
+"""What the records of `recall` are about, and what they say."""
+RECORD = " {key}: {key}-{value}"
 """What `recall` hides in the text."""
-RECALL = " {key} is"
+RECALL = " {key}:"
 """What it asks at the end: the beginning of a record, which the model has to finish."""
 
 
@@ -131,14 +133,14 @@ def recall(distractors: int = 3) -> Draw:
     """One of a few records begun again, in as few tokens as there can be; keys and values are single words."""
 
     def draw(rng: random.Random, depth: float, tokens: int) -> Question:
-        key, value = rng.sample(NOUNS, 1 + distractors), rng.sample(ADJECTIVES, 1 + distractors)
+        key, value = rng.sample(KEYS, 1 + distractors), rng.sample(VALUES, 1 + distractors)
         depths = [depth] + [rng.random() for _ in range(distractors)]
         return Question(
             "",
             [(d, RECORD.format(key=k, value=v)) for d, k, v in zip(depths, key, value, strict=True)],
             RECALL.format(key=key[0]),
             "",
-            [f" {value[0]}"],
+            [f" {key[0]}-{value[0]}"],
         )
 
     return draw

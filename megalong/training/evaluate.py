@@ -6,11 +6,13 @@ alone: nothing that training reads or changes is another afterwards.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -194,18 +196,22 @@ def evaluate(run: Run, model: list[DistributedDataParallel], part: Part) -> Loss
     edges = bucket_edges(part.window)
     positions = local_positions(run.seq_length, layout.cp, cp_rank).to(device.device()) % part.window
 
+    dp_rank, turns = parallel_state.get_data_parallel_rank(), itertools.count()
+    rounds = -(-min(samples * part.rows, len(part.dataset)) // (part.rows * layout.dp))
+
     def reduce(losses_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        return bucket_sums(losses_BS, mask_BS, positions, edges)
+        sums = losses_BS.new_zeros((rounds * layout.dp, 2, len(edges) - 1), dtype=torch.float64)
+        sums[next(turns) * layout.dp + dp_rank] = bucket_sums(losses_BS, mask_BS, positions, edges)
+        return sums
 
     batches = evaluation_batches(
         part,
         samples=samples,
-        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_rank=dp_rank,
         dp_size=layout.dp,
         cp_rank=cp_rank,
         cp_size=layout.cp,
         document_mask=run.config.attention.document_mask,
     )
-    rounds = -(-min(samples * part.rows, len(part.dataset)) // (part.rows * layout.dp))
-    sums = losses_of(run.seq_length, model, batches, rounds, reduce, (2, len(edges) - 1))
+    sums = losses_of(run.seq_length, model, batches, rounds, reduce, (rounds * layout.dp, 2, len(edges) - 1))
     return LossByPosition.from_sums(sums.cpu(), edges)

@@ -23,7 +23,13 @@ def test_an_evaluation_reads_back_as_written(tmp_path):
     for stage in (evaluation(256), StageEvaluation(256, evaluation(256).before, None)):
         stage.write(tmp_path)
         assert read_evaluation(tmp_path) == stage
-    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"seq_length", "before", "after", "shorter"}
+
+
+def test_what_was_written_before_there_was_more_is_still_read(tmp_path):
+    curve = {"edges": [0, 2, 4], "loss": [3.0, None], "last_quarter": 2.5}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"seq_length": 4, "before": curve, "after": None}))
+    found = read_evaluation(tmp_path)
+    assert found == StageEvaluation(4, LossByPosition([0, 2, 4], [3.0, None], 2.5), None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalong.attention.zigzag import local_positions, shard
-from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums
+from megalong.evaluation.position import LossByPosition, bucket_edges, bucket_sums, paired
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,3 +52,33 @@ def test_a_window_without_valid_tokens_has_no_loss_rather_than_nan():
     result = LossByPosition.from_sums(torch.zeros(2, 4, dtype=torch.float64), [0, 1, 2, 3, 4])
     assert result.loss == [None] * 4
     assert result.last_quarter is None
+
+
+def test_sequences_kept_apart_give_the_same_means_and_their_spread():
+    generator = torch.Generator().manual_seed(3)
+    losses, edges = torch.rand(5, 32, generator=generator), bucket_edges(32, 8)
+    mask = torch.ones(5, 32)
+    mask[0, :4] = 0
+    each = [bucket_sums(losses[i : i + 1], mask[i : i + 1], torch.arange(32), edges) for i in range(5)]
+    apart, together = (LossByPosition.from_sums(s, edges) for s in (torch.stack(each), torch.stack(each).sum(0)))
+    assert (apart.loss, apart.last_quarter, together.spread) == (together.loss, together.last_quarter, [])
+    means = losses[:, 12:16].mean(1)
+    assert apart.spread[3] == pytest.approx(float(means.std() / math.sqrt(5)))
+    assert apart.spread[0] == pytest.approx(float(losses[1:, :4].mean(1).std() / 2))
+    assert apart.sequences == pytest.approx(losses[:, 24:].mean(1).tolist())
+
+
+def test_a_change_is_told_by_pairs_of_sequences():
+    """Sequences differ by far more than training changes each of them."""
+    level, change = torch.arange(8.0)[:, None], torch.tensor([-0.3, -0.5] * 4)[:, None]
+    edges, ones = bucket_edges(16, 4), torch.ones(1, 16)
+    curves = [
+        LossByPosition.from_sums(
+            torch.stack([bucket_sums(row.expand(1, 16), ones, torch.arange(16), edges) for row in rows]), edges
+        )
+        for rows in (level, level + change)
+    ]
+    mean, error = paired(*curves)
+    assert (mean, error) == (pytest.approx(-0.4, abs=1e-6), pytest.approx(0.1 * math.sqrt(8 / 7 / 8), rel=1e-4))
+    assert curves[0].spread[3] > 0.8
+    assert paired(curves[0], LossByPosition(edges, [1.0] * 4, 1.0)) is None

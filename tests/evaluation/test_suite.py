@@ -23,7 +23,7 @@ from megalong.evaluation.documents import (
 from megalong.evaluation.haystack import Haystack, read_haystack
 from megalong.evaluation.sample import NOWHERE, Slot
 from megalong.evaluation.suite import Grid, draw_tokens, make_suite, results
-from megalong.evaluation.tasks import ADJECTIVES, NOUNS, RECALL, RECORD, TASKS
+from megalong.evaluation.tasks import KEYS, RECALL, RECORD, TASKS, VALUES
 from megalong.evaluation.tokens import PromptTokenizer
 from megalong.runtime.errors import CheckpointError, ConfigError, DataError, LayoutError
 from tests.evaluation.models import save_model
@@ -76,10 +76,10 @@ def test_recall_is_running_text_that_ends_where_a_record_is_begun_again(tokenize
     ]
     assert drawn[0] == drawn[1]
     text, answer = (tokenizer.decode(ids) for ids in (drawn[0].prompt, drawn[0].answers[0]))
-    key = text.split()[-2]
+    key, value = answer.strip().split("-")
     assert text.endswith(RECALL.format(key=key))
-    assert text.count(RECORD.format(key=key, value=answer.strip())) == 1
-    assert sum(RECORD.format(key=k, value=v) in text for k in NOUNS for v in ADJECTIVES) == 4
+    assert text.count(RECORD.format(key=key, value=value)) == 1
+    assert sum(RECORD.format(key=k, value=v) in text for k in KEYS for v in VALUES) == 4
     assert len(drawn[0].prompt) + len(drawn[0].answers[0]) == 128
 
 
