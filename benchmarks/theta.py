@@ -1,13 +1,13 @@
-"""Which law lengthens a window best at equal tokens? One base model, seven ways, two windows, several seeds.
+"""Which law lengthens a window best at equal tokens? One base model, eight ways, two windows, several seeds.
 
-  python benchmarks/theta.py [--out outputs/theta] [--device cpu|cuda] [--seeds 3] [--scale 1.0]
+  python benchmarks/theta.py [--out outputs/theta] [--device cpu|cuda] [--seeds 3] [--workers 2] [--scale 1.0]
 
-The base is a small Llama trained at a window of 128 tokens on a made-up language with long-range structure: records
-`KEY k v v` lie in text of a random grammar, and now and then `ASK k` is answered by the values of that key, so the base
-learns to retrieve inside its window. Then 8 and 32 times that window, at equal tokens, under: theta unchanged, linear
-interpolation, NTK from the base, dynamic NTK chained from window to window, the scaling law, YaRN, and what the search
-of tools/find_theta.py picks; and the chained law once more with its tokens shared out over the windows in between.
-Prints a table, writes a picture, and one JSON object as the last line. Figures and what they mean: docs/theta.md.
+The base is a small Llama trained at a window of 128 tokens on documents of notes (megalong/evaluation/notes.py), so it
+has learned to look up what stands in its window. Then 8 and 32 times that window, at equal tokens, under: theta
+unchanged, linear interpolation, NTK from the base, dynamic NTK chained from window to window, the scaling law, YaRN,
+and what the search of tools/find_theta.py picks; and the chained law once more with its tokens shared out over the
+windows in between. Questions are those of `recall`, tools/evaluate.py's own. Prints a table, writes two pictures, and
+one JSON object as the last line. Figures and what they mean: docs/theta.md.
 
 `--scale` multiplies all tokens of training; 0.003 only shows that it runs.
 """
@@ -17,75 +17,71 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megalong.evaluation.haystack import Haystack
+from megalong.evaluation.notes import VALUES, Notes, write_tokenizer
+from megalong.evaluation.sample import NOWHERE
+from megalong.evaluation.suite import Cell, Grid, Suite, make_suite
+from megalong.evaluation.tasks import NOUNS
 from megalong.evaluation.theta_search import Budget, Scores, Search, candidates, plan_schedule
+from megalong.evaluation.tokens import PromptTokenizer
 from megalong.rope.bound import first_negative, plain_frequencies
 from megalong.rope.theta import RotaryPoint, dynamic_ntk, scaling_law
 
 BASE, WINDOWS, HEAD_DIM = RotaryPoint(10_000.0, 128), (1024, 4096), 32
-KEYS, VALUES, WORDS = 64, 64, 120
-KEY, ASK = 0, 1  # token ids; keys, values and words follow
-FIRST_KEY, FIRST_VALUE, FIRST_WORD = 2, 2 + KEYS, 2 + KEYS + VALUES
-VOCABULARY = FIRST_WORD + WORDS
-BASE_TOKENS, LONG_TOKENS = 6_000_000, 400_000
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+BASE_TOKENS, LONG_TOKENS = 2_000_000, 200_000
+BASE_RATE, LONG_RATE = 3e-3, 5e-4
+STEP_TOKENS = 4096
+DEPTHS = (0.05, 0.35, 0.65, 0.95)
+QUESTIONS = 9
+"""At each length and depth."""
+HELD_OUT = 65_536
+"""Tokens of held-out documents as long as the window; the same for every model."""
 
 
-class Language:
-    """Endless sequences: a random bigram grammar, records, and questions about them."""
+class Material:
+    """Text of this language as ids, and questions about it.
 
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        grammar = np.random.default_rng(0)  # the same language for every seed
-        self.next = grammar.integers(0, WORDS, (WORDS, 4))
+    Args:
+        folder: of the tokenizer; made if it is not there.
+    """
 
-    def sequence(self, length: int) -> np.ndarray:
-        """[length] ids; a question every 24 tokens or so, about a record anywhere before it."""
-        out: list[int] = []
-        known: dict[int, list[int]] = {}
-        word = int(self.rng.integers(WORDS))
-        while len(out) < length:
-            draw = self.rng.random()
-            if draw < 0.06 and len(known) < KEYS:
-                key = int(self.rng.choice([k for k in range(KEYS) if k not in known]))
-                known[key] = [int(v) + FIRST_VALUE for v in self.rng.integers(0, VALUES, 2)]
-                out += [KEY, FIRST_KEY + key, *known[key]]
-            elif draw < 0.12 and known:
-                key = int(self.rng.choice(list(known)))
-                out += [ASK, FIRST_KEY + key, *known[key]]
-            else:
-                word = int(self.next[word, self.rng.integers(4)])
-                out.append(FIRST_WORD + word)
-        return np.array(out[:length])
+    def __init__(self, folder: Path) -> None:
+        if not folder.exists():
+            write_tokenizer(folder)
+        self.tokenizer = PromptTokenizer(folder)
+        self.ids = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
 
-    def batch(self, count: int, length: int) -> torch.Tensor:
-        return torch.from_numpy(np.stack([self.sequence(length) for _ in range(count)])).long()
+    def batch(self, notes: Notes, count: int, length: int) -> torch.Tensor:
+        """[count, length] ids of as many documents."""
+        return torch.tensor([[self.ids[w] for w in notes.document(length).split()] for _ in range(count)])
 
-    def needles(self, count: int, length: int, depth: float) -> torch.Tensor:
-        """Sequences whose last four tokens ask for the only record of its key, which lies at `depth`."""
-        rows = []
-        for _ in range(count):
-            text = self.sequence(length - 8)
-            key, values = int(self.rng.integers(KEYS)), self.rng.integers(0, VALUES, 2) + FIRST_VALUE
-            others = (np.arange(KEYS) + 1 + key) % KEYS
-            text[text == FIRST_KEY + key] = FIRST_KEY + int(others[int(self.rng.integers(KEYS - 1))])
-            at = int(depth * len(text))
-            rows.append(
-                np.concatenate((text[:at], [KEY, FIRST_KEY + key, *values], text[at:], [ASK, FIRST_KEY + key, *values]))
-            )
-        return torch.from_numpy(np.stack(rows)).long()
+    @cache  # noqa: B019 - one of these lives as long as the process
+    def questions(self, lengths: tuple[int, ...]) -> Suite:
+        """Each hidden in a document about other keys."""
+        text = Notes(77).document(max(lengths) * 2, NOUNS).split()
+        # between two notes, as in the language: never between a key and its answer
+        pieces = [text[i : i + 1 + text[i].endswith(":")] for i in range(len(text)) if not text[i - 1].endswith(":")]
+        hay = Haystack([[self.ids[w] for w in piece] for piece in pieces], "notes", True)
+        return make_suite(Grid(("recall",), lengths, DEPTHS, QUESTIONS), self.tokenizer, hay)
 
 
 @dataclass(frozen=True)
@@ -119,25 +115,23 @@ def arms(window: int) -> list[Arm]:
 
 
 class Bench:
-    """Trains and measures."""
+    """Trains and measures; one in every process."""
 
     def __init__(self, device: str, scale: float, out: Path) -> None:
-        self.device, self.scale, self.out = device, scale, out
+        self.device, self.scale, self.material = device, scale, Material(out / "tokenizer")
 
-    def model(
-        self, window: int, theta: float, rope: dict[str, Any], weights: dict[str, Any] | None
-    ) -> LlamaForCausalLM:
+    def model(self, window: int, theta: float, rope: dict[str, Any], weights: dict[str, Any] | None) -> Any:
         config = LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=len(self.material.ids),
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=4,
+            num_key_value_heads=2,
             head_dim=HEAD_DIM,
             max_position_embeddings=window,
             rope_parameters={"rope_type": "default", **rope, "rope_theta": theta},
-            tie_word_embeddings=True,
+            initializer_range=0.06,
         )
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(self.device)
@@ -145,66 +139,78 @@ class Bench:
             model.load_state_dict(weights)
         return model
 
-    def train(self, model: LlamaForCausalLM, window: int, tokens: int, rate: float, seed: int) -> None:
-        language = Language(seed + 1)
-        rows = max(1, 4096 // window)
-        steps = max(1, int(tokens * self.scale) // (rows * window))
+    def train(self, model: Any, window: int, tokens: int, rate: float, seed: int, rows: int | None = None) -> None:
+        """AdamW with a rate that decays to a tenth."""
+        notes = Notes(seed + 1)
+        rows = rows or max(1, STEP_TOKENS // window)
+        steps = max(1, tokens // (rows * window))
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / max(1, steps // 20)) * (1.0 - 0.9 * step / steps)
-            batch = language.batch(rows, window + 1).to(self.device)
-            loss = self._losses(model, batch).mean()
-            loss.backward()
+            batch = self.material.batch(notes, rows, window + 1).to(self.device)
+            self._losses(model, batch).mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     @staticmethod
-    def _losses(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    def _losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
 
-    @torch.no_grad()
-    def measure(self, model: LlamaForCausalLM, window: int) -> dict[str, Any]:
-        """Last-quarter loss, loss within the base window, needle accuracy by length and depth; held-out text."""
-        held_out = Language(10_000)
-        count = max(1, int(8192 * max(self.scale, 0.1)) // window)
-        losses = self._losses(model, held_out.batch(count, window + 1).to(self.device))
-        short = self._losses(model, held_out.batch(32, BASE.window + 1).to(self.device)).mean()
-        grid = {}
-        for length in sorted({BASE.window, window // 4, window // 2, window}):
-            for depth in DEPTHS:
-                rows = held_out.needles(max(2, int(16 * self.scale)), length, depth).to(self.device)
-                found = model(input_ids=rows[:, :-1], use_cache=False).logits[:, -2:].argmax(-1) == rows[:, -2:]
-                grid[f"{length}@{depth:g}"] = float(found.all(-1).float().mean())
-        own = [v for k, v in grid.items() if k.startswith(f"{window}@")]
-        return {
-            "last_quarter": float(losses[:, -(window // 4) :].mean()),
-            "short": float(short),
-            "needle": statistics.fmean(own),
-            "grid": grid,
-        }
+    def held_out(self, window: int) -> int:
+        """Documents that the last quarter is measured on."""
+        return max(1, int(HELD_OUT * min(1.0, 10 * self.scale)) // window)
 
-    def lengthen(self, base: dict[str, Any], arm: Arm, seed: int, tokens: int = LONG_TOKENS) -> dict[str, Any]:
+    @torch.no_grad()
+    def measure(self, model: Any, window: int, questions: bool = True) -> dict[str, Any]:
+        """Last-quarter loss, loss within the base window, answers found by length and depth."""
+        held_out = Notes(10_000)
+        quarters = [
+            self._losses(model, self.material.batch(held_out, 1, window + 1).to(self.device))[
+                :, -(window // 4) :
+            ].mean()
+            for _ in range(self.held_out(window))
+        ]
+        short = self._losses(model, self.material.batch(Notes(20_000), 64, BASE.window + 1).to(self.device)).mean()
+        found: dict[str, Any] = {"last_quarter": float(torch.stack(quarters).mean()), "short": float(short)}
+        return found | (self._questions(model, window) if questions else {})
+
+    def _questions(self, model: Any, window: int) -> dict[str, Any]:
+        suite = self.material.questions(tuple(sorted({BASE.window, window // 4, window})))
+        grid: dict[str, list[bool]] = {}
+        groups: dict[str, list[tuple[Cell, torch.Tensor, int]]] = {}
+        for cell, sample in zip(suite.cells, suite.samples, strict=True):
+            (at,) = (sample.slots != NOWHERE).nonzero().flatten().tolist()  # an answer is one token
+            groups.setdefault(f"{cell.length}@{cell.depth:g}", []).append((cell, sample.tokens, at))
+        for name, group in groups.items():
+            for _, tokens, at in group:
+                logits = model(input_ids=tokens[None, :at].to(self.device), use_cache=False, logits_to_keep=1).logits
+                grid.setdefault(name, []).append(int(logits[0, -1].argmax()) == int(tokens[at]))
+        shares = {name: statistics.fmean(hits) for name, hits in grid.items()}
+        own = [share for name, share in shares.items() if name.startswith(f"{window}@")]
+        return {"needle": statistics.fmean(own), "grid": shares}
+
+    def lengthen(self, base: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
         weights: dict[str, Any] = base
         for window, theta, rope in arm.path:
             model = self.model(window, theta, rope, weights)
-            self.train(model, window, tokens // len(arm.path), 5e-4, seed)
+            self.train(model, window, int(LONG_TOKENS * self.scale) // len(arm.path), LONG_RATE, seed)
             weights = model.state_dict()
         return self.measure(model, arm.path[-1][0])
 
     def search(self, base: dict[str, Any], window: int, base_short: float) -> tuple[float, int]:
-        """What the search of tools/find_theta.py picks with twelve times the tokens of one run, and what it spent."""
-        step = max(1, 4096 // window) * window
-        budget = Budget(max(250_000, int(12 * LONG_TOKENS * self.scale)), step, 2 * window, 8 * window)
+        """What the search of tools/find_theta.py picks with sixteen times the tokens of one run, and what it spent."""
+        step = max(STEP_TOKENS, window)
+        budget = Budget(max(800_000, int(16 * LONG_TOKENS * self.scale)), step, self.held_out(window) * window, 0)
 
         def measured(theta: float, steps: int, seed: int, needles: bool) -> Scores:
             model = self.model(window, theta, {}, base)
             if steps:
-                self.train(model, window, int(steps * step / self.scale), 5e-4, 100 + seed)
-            found = self.measure(model, window)
-            return Scores(found["last_quarter"], found["short"], found["needle"] if needles else None)
+                self.train(model, window, steps * step, LONG_RATE, 100 + seed)
+            found = self.measure(model, window, needles)
+            return Scores(found["last_quarter"], found["short"], found.get("needle"))
 
         thetas = candidates(BASE, BASE, window, HEAD_DIM, 4.0, 6)
         schedule = plan_schedule(len(thetas), 1, budget)
@@ -212,35 +218,65 @@ class Bench:
         return found.theta, found.tokens
 
 
+_BENCH: Bench
+
+
+def _start(device: str, scale: float, out: Path, threads: int) -> None:
+    global _BENCH
+    torch.set_num_threads(threads)
+    _BENCH = Bench(device, scale, out)
+
+
+def _search(base: dict[str, Any], window: int, base_short: float) -> tuple[float, int]:
+    return _BENCH.search(base, window, base_short)
+
+
+def _lengthen(base: dict[str, Any], arm: Arm, seed: int) -> dict[str, Any]:
+    return _BENCH.lengthen(base, arm, seed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/theta"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes that train side by side")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--windows", default=",".join(map(str, WINDOWS)))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    bench, begun = Bench(given.device, given.scale, given.out), time.monotonic()
+    windows, begun = [int(w) for w in given.windows.split(",")], time.monotonic()
+    bench = Bench(given.device, given.scale, given.out)
     model = bench.model(BASE.window, BASE.theta, {}, None)
-    bench.train(model, BASE.window, BASE_TOKENS, 2e-3, 0)
+    bench.train(model, BASE.window, int(BASE_TOKENS * given.scale), BASE_RATE, 0, rows=8)
     base, start = model.state_dict(), bench.measure(model, BASE.window)
     print(
-        f"base: needle {start['needle']:.0%} at {BASE.window} (chance {VALUES**-2:.2%}), loss {start['short']:.4f}",
+        f"base: {start['needle']:.0%} found at {BASE.window} (chance {1 / len(VALUES):.0%}), loss "
+        f"{start['short']:.4f}, {(time.monotonic() - begun) / 60:.1f} minutes",
         flush=True,
     )
-    rows: list[dict[str, Any]] = []
-    for window in map(int, given.windows.split(",")):
-        picked, spent = bench.search(base, window, start["short"])
-        every = [*arms(window), Arm("searched", [(window, picked, {})])]
-        for arm in every:
-            found = [bench.lengthen(base, arm, seed) for seed in range(given.seeds)]
-            row = _row(window, arm, found, start["short"])
-            row["search_tokens"] = spent if arm.name == "searched" else 0
+    threads = max(1, (os.cpu_count() or 1) // given.workers)
+    settings = (given.device, given.scale, given.out, threads)
+    with ProcessPoolExecutor(given.workers, get_context("spawn"), _start, settings) as pool:
+        searches = {w: pool.submit(_search, base, w, start["short"]) for w in sorted(windows, reverse=True)}
+        running = [
+            (w, arm, [pool.submit(_lengthen, base, arm, s) for s in range(given.seeds)])
+            for w in windows
+            for arm in arms(w)
+        ]
+        for w in windows:
+            theta, spent = searches[w].result()
+            print(f"{w}: the search picks {theta:,.0f} with {spent:,} tokens", flush=True)
+            arm = Arm("searched", [(w, theta, {})])
+            running.append((w, arm, [pool.submit(_lengthen, base, arm, s) for s in range(given.seeds)]))
+        rows = []
+        for w, arm, runs in sorted(running, key=lambda r: r[0]):
+            row = _row(w, arm, [run.result() for run in runs], start["short"])
+            row["search_tokens"] = searches[w].result()[1] if arm.name == "searched" else 0
             rows.append(row)
             print(_line(row), flush=True)
-    minutes = (time.monotonic() - begun) / 60
     _draw(rows, given.out / "theta_laws.png")
+    _draw_grid(rows, given.out / "theta_recall.png")
     print(
         json.dumps(
             {
@@ -248,9 +284,12 @@ def main() -> int:
                 "base": start,
                 "seeds": given.seeds,
                 "scale": given.scale,
-                "minutes": minutes,
+                "minutes": (time.monotonic() - begun) / 60,
                 "device": given.device,
-                "machine": platform.processor() or platform.machine(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "commit": subprocess.run(
+                    ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+                ).stdout.strip(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             }
         )
@@ -272,30 +311,61 @@ def _row(window: int, arm: Arm, found: list[dict[str, Any]], base_short: float) 
 
 
 def _line(row: dict[str, Any]) -> str:
+    bound = {True: "yes", False: "no", None: "-"}[row["passes_bound"]]
     return (
-        f"{row['window']:5}  {row['name']:22} theta {row['theta']:>14,.0f}  last quarter {row['last_quarter']:.4f} "
-        f"+- {row['last_quarter_spread']:.4f}  needle {row['needle']:.0%} +- {row['needle_spread']:.0%}  "
+        f"{row['window']:5}  {row['name']:22} theta {row['theta']:>14,.0f}  bound {bound:3}  "
+        f"last quarter {row['last_quarter']:.4f} +- {row['last_quarter_spread']:.4f}  "
+        f"found {row['needle']:.0%} +- {row['needle_spread']:.0%}  "
         f"short {row['harm']:+.4f} +- {row['short_spread']:.4f}"
     )
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    windows = sorted({r["window"] for r in rows})
-    figure = Figure(figsize=(5.2 * len(windows) + 1, 7), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(2, len(windows), squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss and answers found as bars with their spread over seeds, a column per window."""
+    windows = sorted({r["window"] for r in rows})
+    figure, panels = _figure(5.2 * len(windows) + 1, 6.5, 2, len(windows))
     for column, window in enumerate(windows):
-        own = [r for r in rows if r["window"] == window]
+        own = [r for r in reversed(rows) if r["window"] == window]
         for panel, name, label in (
-            (panels[0][column], "last_quarter", "loss, last quarter"),
-            (panels[1][column], "needle", "needles found"),
+            (panels[0][column], "last_quarter", "loss, last quarter of the window (nats per token)"),
+            (panels[1][column], "needle", "share of notes found in the whole window"),
         ):
-            panel.barh([r["name"] for r in own], [r[name] for r in own], xerr=[r[f"{name}_spread"] for r in own])
+            values = [r[name] for r in own]
+            panel.barh([r["name"] for r in own], values, xerr=[r[f"{name}_spread"] for r in own], color="#56B4E9")
             panel.set_xlabel(label)
             panel.set_title(f"window {window:,}")
+        best = min(r["last_quarter"] for r in own)
+        panels[0][column].set_xlim(left=best - 0.1)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_grid(rows: list[dict[str, Any]], path: Path) -> None:
+    """Answers found by length and depth, a panel per way and window."""
+    windows = sorted({r["window"] for r in rows})
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    figure, panels = _figure(2.3 * len(names) + 1, 2.6 * len(windows), len(windows), len(names))
+    for row in rows:
+        panel = panels[windows.index(row["window"])][names.index(row["name"])]
+        keys = [(int(length), float(depth)) for length, depth in (k.split("@") for k in row["grid"])]
+        lengths, depths = sorted({k[0] for k in keys}), sorted({k[1] for k in keys})
+        panel.imshow(
+            [[row["grid"][f"{n}@{d:g}"] for n in lengths] for d in depths], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"
+        )
+        for y, depth in enumerate(depths):
+            for x, length in enumerate(lengths):
+                panel.text(x, y, f"{row['grid'][f'{length}@{depth:g}']:.0%}", ha="center", va="center", fontsize=7)
+        panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
+        panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+        panel.set_title(f"{row['name']}, {row['window']:,}", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -10,14 +10,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
 from megalong.data.output_folder import output_folder
 from megalong.data.prepare import prepare
-from megalong.evaluation.notes import Notes, vocabulary
+from megalong.evaluation.notes import Notes, write_tokenizer
 from megalong.evaluation.tasks import NOUNS
 
-END, UNKNOWN = "<|end_of_text|>", "<|unknown|>"
 EVAL_FRACTION = 1 / 3
 """Share of a stage's documents that is held out; of the base's many short ones a fiftieth is enough."""
 HAYSTACK_TOKENS = 20_000
@@ -49,17 +46,3 @@ def make_text(out: Path, base_window: int, base_tokens: int, documents: Mapping[
             prepare(
                 text, folder / f"window-{window}", folder / "tokenizer", window, eval_fraction=held_out, progress=False
             )
-
-
-def write_tokenizer(folder: Path) -> None:
-    """The tokenizer of the language: a token is a word, a key with its colon, or an answer."""
-    folder.mkdir()
-    ids = {word: i for i, word in enumerate([END, UNKNOWN, *vocabulary()])}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+:?|\S"), "removed", invert=True)
-    tokenizer.add_special_tokens([END, UNKNOWN])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n")

@@ -12,9 +12,13 @@ key. Real text takes the same ability and far more training.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megalong.evaluation.tasks import ADJECTIVES, NOUNS, RECALL, RECORD, VALUES
 
@@ -25,6 +29,7 @@ _WORDS += " one so out up into them then would like some could more little down 
 WORDS = _WORDS.split()
 FOLLOWERS = 4
 """Words that may follow a word."""
+END, UNKNOWN = "<|end_of_text|>", "<|unknown|>"
 KEYS = ADJECTIVES + NOUNS
 """What notes are about: what `recall` asks for, and as many more."""
 NOTES = 0.8
@@ -92,3 +97,17 @@ def fact(key: str, value: str) -> str:
 def vocabulary() -> list[str]:
     """Every token of the language."""
     return [".", *WORDS, *map(ask, KEYS), *(fact(key, value) for key in KEYS for value in VALUES)]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The tokenizer of the language: a token is a word, a key with its colon, or an answer."""
+    folder.mkdir()
+    ids = {word: i for i, word in enumerate([END, UNKNOWN, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+:?|\S"), "removed", invert=True)
+    tokenizer.add_special_tokens([END, UNKNOWN])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n")
