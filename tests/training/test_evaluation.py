@@ -16,6 +16,7 @@ from megalong.evaluation.checkpoint import evaluation_run, find_checkpoint, layo
 from megalong.evaluation.documents import short_pieces, short_samples
 from megalong.evaluation.evaluate import Material, evaluate_model
 from megalong.evaluation.haystack import BUILTIN, read_haystack
+from megalong.evaluation.position import LossByPosition
 from megalong.evaluation.results import StageEvaluation, evaluation_from, read_evaluation
 from megalong.evaluation.sample import Slot
 from megalong.evaluation.scores import Evaluation
@@ -232,3 +233,21 @@ def test_short_texts_lie_inside_one_document_and_are_cut_to_the_base_window(tmp_
     assert all((piece[1:] == piece[:-1] + 1).sum() >= 31 for piece in pieces)  # the last token of a document is 0
     assert [len(piece) for piece in short_pieces(data, 1, 400)] == [100, 20, 300, 93]
     assert len(short_pieces(data, 1, 16)) == 16
+
+
+def curve_of(folder: str, name: str, *overrides: str) -> LossByPosition:
+    given = [f"data.path={folder}/data", "data.allow_tokenizer=counting", "data.eval_sequences=3", "precision=fp32"]
+    stage = stage_run(f"{folder}/{name}", *given, f"model.vocab_size={VOCAB}", "model.num_hidden_layers=1", *overrides)
+    assert stage.data.held_out is not None
+    return evaluate.evaluate(stage.settings, stage.state.model, stage.data.held_out.parts[0])
+
+
+def test_each_held_out_sequence_has_its_own_loss_on_any_layout(ranks: RankPool, folder: Path) -> None:
+    (alone,) = ranks.run(curve_of, 1, str(folder), "alone")
+    two = ranks.run(curve_of, 2, str(folder), "two", "topology.dp=2")
+    rings = ranks.run(curve_of, 4, str(folder), "rings", "topology.cp=2", "topology.dp=2")
+    assert len(set(alone.sequences)) == 3
+    assert alone.last_quarter == pytest.approx(sum(alone.sequences) / 3)
+    for curve in (*two, *rings):
+        assert curve.sequences == [*(pytest.approx(x, abs=1e-5) for x in alone.sequences), None]
+        assert curve.spread == [pytest.approx(x, abs=1e-5) for x in alone.spread]
