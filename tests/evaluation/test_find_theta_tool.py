@@ -39,6 +39,7 @@ def start(words: list[str], *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_and_the_stage_it_leaves_is_one_that_can_be_trained(words):
     out = Path(next(w for w in words if w.startswith("out="))[4:])
     process = start(words, "budget=9000")

@@ -7,6 +7,7 @@ from megalong.planning.workload import workload_of
 from megalong.recipe.resolve import run_of
 from megalong.runtime.ranks import RankPool
 from tests.planning.steps import measure_memory
+from tests.variants import long_but
 
 SETTINGS = [
     "+stage=65k",
@@ -51,7 +52,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_SHORT = (
+    "no recompute",
+    "tensor parallel ring, full recompute",
+    "ring, attention kept",
+    "MLP in tiles, attention kept",
+)
+
+
+@pytest.mark.parametrize("name", long_but(CASES, *IN_SHORT))
 def test_saved_activations_and_peak_are_within_five_percent(name: str, ranks: RankPool) -> None:
     world_size, overrides = CASES[name]
     work = workload_of(run_of([*SETTINGS, *overrides], world_size))

@@ -153,6 +153,7 @@ def test_a_number_of_a_cluster_may_be_given_without_its_source() -> None:
     assert run_of([*MINI, "cluster.nodes=2"], 1).config.cluster.nodes.value == 2
 
 
+@pytest.mark.long
 def test_a_sweep_trains_one_run_after_the_other_in_folders_of_their_own(mine: Path, tmp_path: Path) -> None:
     words = [f"hydra.searchpath={mine}", "-m", "+stage=128k", "+scale=mini", "model=narrow", *TINY]
     done = trainer(*words, "seed=1,2", "hydra.sweep.dir=sweep", cwd=tmp_path)
@@ -162,6 +163,7 @@ def test_a_sweep_trains_one_run_after_the_other_in_folders_of_their_own(mine: Pa
     assert found[0]["loss"] != found[1]["loss"]
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_after_a_run_that_fails_and_ends_with_its_code(tmp_path: Path) -> None:
     done = trainer("-m", *MINI, "init_from=/nowhere,/neither", "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 2

@@ -17,6 +17,7 @@ from megalong.runtime.errors import DataError
 from megalong.runtime.ranks import warm_processes
 from megalong.runtime.watchdog import Heard, Place, judge
 from tests.runtime.processes import free_port, slurm_like
+from tests.variants import long_but
 
 BEAT, SILENT, STILL = 1.0, 10.0, 100.0
 
@@ -166,7 +167,7 @@ def three(tmp_path: Path) -> Iterator[Ranks]:
         process.join()
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", long_but([0, 2], 2))
 def test_a_rank_that_raises_speaks_alone_and_all_leave(three: Ranks, rank: int) -> None:
     three.start(rank, raise_boom, silent=60.0)
     codes, errors = three.outcome()
@@ -183,7 +184,7 @@ def test_a_users_mistake_on_one_rank_ends_all_with_its_code(three: Ranks) -> Non
     assert errors.strip() == "megalong: a damaged file"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", long_but([0, 1], 0))
 def test_a_rank_that_is_killed_is_named(three: Ranks, rank: int) -> None:
     three.start(rank, die)
     codes, errors = three.outcome()
@@ -192,7 +193,7 @@ def test_a_rank_that_is_killed_is_named(three: Ranks, rank: int) -> None:
     assert f"lost rank {rank} on host {os.uname().nodename}, step " in errors
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", long_but([0, 2], 2))
 def test_a_rank_that_is_stopped_is_named(three: Ranks, rank: int) -> None:
     three.start(rank, stop)
     codes, errors = three.outcome(without=rank)
@@ -202,7 +203,7 @@ def test_a_rank_that_is_stopped_is_named(three: Ranks, rank: int) -> None:
     assert f"lost rank {rank} on host {os.uname().nodename}, step " in errors
 
 
-@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("absent", long_but([0, 2], 2))
 def test_a_rank_that_never_comes_is_told_once(three: Ranks, absent: int) -> None:
     three.start(0, None, join=4.0, absent=absent)
     codes, errors = three.outcome()

@@ -5,9 +5,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.training import kills
 
 
+@pytest.mark.long
 def test_a_killed_run_loses_nothing() -> None:
     rounds = kills.main(rounds=1, seed=3, steps=8, warm=True)
     assert rounds[-1].ended == "bit-identical"

@@ -8,6 +8,7 @@ import transformers
 from megalong.runtime.ranks import RankPool
 from megalong.training.verify import relative_distance
 from tests.training.parity import hf_model, on_ranks, reference, samples, saved
+from tests.variants import long_but
 
 LAYOUTS = [
     # tp, cp, pp, dp
@@ -45,7 +46,11 @@ def check(ranks: RankPool, model: transformers.LlamaForCausalLM, folder: str, la
         assert max(worst.values()) <= 1e-4, (kind, {n: w for n, w in worst.items() if w > 1e-4})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x))
+@pytest.mark.parametrize(
+    "layout",
+    long_but(LAYOUTS, (1, 1, 1, 1), (1, 4, 1, 1), (2, 2, 1, 2), (2, 2, 2, 1)),
+    ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x),
+)
 def test_loss_and_gradients_are_transformers(ranks: RankPool, llama: tuple, layout: tuple) -> None:
     check(ranks, *llama, layout)
 

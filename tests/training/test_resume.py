@@ -10,6 +10,7 @@ from megalong.checkpoint.load import verify_checksums
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.ranks import RankPool
 from tests.training.runs import metrics, run_stage, same
+from tests.variants import long_but
 
 EVALUATED = "data.eval_sequences=2"
 
@@ -61,7 +62,7 @@ def samples_read(run_dir: str, *overrides: str) -> list[int]:
     return [sequence for (sequence,) in islice(here, run.micro_batches)]
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", long_but(CHANGES, "tp2 to cp2 pp2"))
 def test_a_resume_on_another_layout_continues_the_same_run(name: str, ranks: RankPool, tmp_path: Path) -> None:
     (before, *first), (after, *second) = CHANGES[name]
     fp32 = ["precision=fp32", "model.num_hidden_layers=2"]

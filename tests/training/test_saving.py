@@ -16,6 +16,7 @@ from megalong.runtime.ranks import RankPool
 from megalong.training.disk_space import check_disk_space
 from tests.training.disks import fill, make_read_only, small_disk
 from tests.training.runs import metrics, outcome_of, run_stage, same
+from tests.variants import long_but
 
 TINY = ["model.num_hidden_layers=1", "train.global_batch_size=2"]
 
@@ -72,7 +73,7 @@ def test_what_is_written_beside_the_training_is_the_step_it_was_taken_at(ranks: 
     assert all(a[n] != b[n] for a, b in pairwise(seen) for n in a)
 
 
-@pytest.mark.parametrize("beside", ["false", "true"])
+@pytest.mark.parametrize("beside", long_but(["false", "true"], "true"))
 def test_a_full_disk_costs_a_warning_and_the_run_goes_on(ranks: RankPool, tmp_path: Path, beside: str) -> None:
     settings = [*TINY, "checkpoint.save_steps=2", f"checkpoint.asynchronous={beside}"]
     unbroken = ranks.run(run_stage, 2, str(tmp_path / "a"), *settings, "topology.dp=2")

@@ -149,6 +149,7 @@ def ranks_of(agent: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in children]
 
 
+@pytest.mark.long
 def test_torchrun_does_not_train_on_what_was_asked_to_stop(start: Start, tmp_path: Path) -> None:
     agent = torchrun(start, tmp_path)
     wait_for_steps(tmp_path, 2, [agent])
@@ -159,6 +160,7 @@ def test_torchrun_does_not_train_on_what_was_asked_to_stop(start: Start, tmp_pat
     assert f"stopped by a signal after step {saved_step(tmp_path)};" in out
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_under_torchrun_leaves_no_rank_behind(start: Start, tmp_path: Path) -> None:
     agent = torchrun(start, tmp_path, "train.global_batch_size=4000")  # a step that takes minutes
     while not (tmp_path / "config.yaml").is_file():

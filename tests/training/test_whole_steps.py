@@ -24,6 +24,7 @@ from tests.training.whole_steps import (
     start_of,
     trained,
 )
+from tests.variants import long_but
 
 Kind = tuple[str, str]
 FP32, FP32_INTRA = ("fp32", "none"), ("fp32", "intra")
@@ -56,7 +57,9 @@ def expected(folder: Path) -> Callable[[Kind], Steps]:
     return cache(lambda kind: Reference(folder, *kind).run())
 
 
-@pytest.mark.parametrize("layout", CASES, ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x))
+@pytest.mark.parametrize(
+    "layout", long_but(CASES, (1, 2, 1, 2), (2, 1, 2, 1)), ids=lambda x: "tp{} cp{} pp{} dp{}".format(*x)
+)
 def test_losses_norms_rates_weights_and_evaluation_are_those_of_transformers_and_adamw(
     ranks: RankPool, folder: Path, expected: Callable[[Kind], Steps], layout: tuple[int, int, int, int]
 ) -> None:
