@@ -20,7 +20,8 @@ from megalong.runtime.console import say, warn
 from megalong.runtime.files import write_text
 from megalong.runtime.json_file import parse
 from megalong.runtime.live import clock
-from megalong.training.board import BY_WINDOW, Board, accuracy_tag
+from megalong.training.board import Board
+from megalong.training.curves import BY_WINDOW, accuracy_tag
 from megalong.training.phases import shares
 from megalong.training.records import METRICS, JsonLines
 from megalong.training.steps import Done

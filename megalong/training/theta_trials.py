@@ -21,7 +21,7 @@ from megalong.evaluation.tokens import PromptTokenizer
 from megalong.run import Run
 from megalong.runtime.console import say
 from megalong.runtime.errors import DataError
-from megalong.training.evaluate import evaluate
+from megalong.training.held_out import evaluate
 from megalong.training.sequences import Sequences
 from megalong.training.start import Start
 from megalong.training.state import load_state

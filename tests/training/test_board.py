@@ -22,7 +22,7 @@ from megalong.checkpoint.info import read_info, write_info
 from megalong.data.builtin import builtin_tokenizer
 from megalong.runtime.errors import CheckpointError
 from megalong.runtime.ranks import RankPool
-from megalong.training.board import DESCRIPTIONS, RESULTS, accuracy_tag, cards_of
+from megalong.training.curves import DESCRIPTIONS, RESULTS, accuracy_tag, cards_of
 from megalong.training.sequences import CACHE
 from tests.llamas import hf_config, save_hf
 from tests.training.runs import metrics, run_stage, stage_run

@@ -24,7 +24,7 @@ from megalong.evaluation.suite import Grid, Suite, make_suite, results
 from megalong.evaluation.tokens import PromptTokenizer
 from megalong.runtime.ranks import RankPool
 from megalong.training import evaluate, questions
-from megalong.training.board import described
+from megalong.training.curves import described
 from tests.data.folders import VOCAB, make_folder
 from tests.evaluation.models import transformers_slots
 from tests.llamas import hf_config, save_hf
