@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# two files side by side, each from its first test to its last: much of the suite waits, and files share what they make
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# files side by side, each from its first test to its last: much of the suite waits, and files share what they make
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint clean
 .DEFAULT_GOAL := help
@@ -26,10 +26,11 @@ demo: .venv/.ready
 	$(BIN)/python tools/demo.py
 
 test: .venv/.ready
-	$(PYTEST) -m "not long"
+	$(PYTEST) -n 3 -m "not long"
 
+# two here: what starts a Slurm or a torchrun keeps both cores busy by itself
 test-all: .venv/.ready
-	$(PYTEST)
+	$(PYTEST) -n 2
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
