@@ -24,7 +24,7 @@ MINI = ("+stage=65k", "+scale=mini")
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("+train.lrr=1e-3", r"no setting 'train\.lrr'\. Did you mean train\.lr"),
+        ("+train.lrr=1e-3", r"^There is no setting 'train\.lrr'\. Did you mean train\.lr"),
         ("++train.learning_rate=1", r"no setting 'train\.learning_rate'\. Did you mean train\.lr\?"),
         ("train.lrr=1e-3", r"Did you mean train\.lr"),
         ("+foo=1", "no setting 'foo'"),
