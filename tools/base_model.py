@@ -29,8 +29,6 @@ LEARNING_RATE = 3e-3
 WARMUP_STEPS = 20
 INITIAL_STD = 0.06  # learns sooner than from the 0.02 that large models start from
 EVAL_SEQUENCES = 512
-END_ID = 0
-"""Of the token that ends a document (demo_text.py)."""
 REPORT_SECONDS = 5.0
 
 
@@ -65,7 +63,8 @@ def make_base_model(data: Path, tokenizer: Path, out: Path, seed: int = 1234) ->
     shape = demo_model()
     window, vocabulary = shape.max_position_embeddings, shape.vocab_size
     train, held_out = (open_dataset(data, s, seq_length=window, vocab_size=vocabulary) for s in ("train", "eval"))
-    rows, eval_rows = _rows(train), _rows(held_out)[:EVAL_SEQUENCES]
+    end = shape.eos_token_id
+    rows, eval_rows = _rows(train, end), _rows(held_out, end)[:EVAL_SEQUENCES]
     entropy = unigram_entropy(rows, vocabulary)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_hf_config(shape))
@@ -111,11 +110,11 @@ def _hf_config(shape: ModelConfig) -> Any:
     )
 
 
-def _rows(dataset: SequenceDataset) -> torch.Tensor:
+def _rows(dataset: SequenceDataset, end: int) -> torch.Tensor:
     """All sequences of one document, [sequences, window + 1] int64: without the ends of documents, packed together."""
     full = [i for i in range(len(dataset)) if dataset.valid_length(i) == dataset.seq_length + 1]
     rows = torch.from_numpy(np.stack([dataset.read(i, 0, dataset.seq_length + 1) for i in full])).long()
-    return rows[(rows != END_ID).all(1)]
+    return rows[(rows != end).all(1)]
 
 
 def _loss(model: Any, rows: torch.Tensor) -> float:
